@@ -2,7 +2,7 @@
 
 Pure. Every policy is a function from one job's state to one number, comparable between jobs, so
 that an ordered queue is all that the engine needs. A job without an estimate keeps its arrival
-as priority, under every policy: without a predictor the order is FCFS.
+as priority (MLFQ alone needs no estimate): without a predictor the order is FCFS.
 """
 
 from __future__ import annotations
@@ -147,6 +147,6 @@ _PRIORITY_OF: Final[dict[Policy, PriorityOf]] = {
 
 def priority(policy: Policy, job: JobView, parameters: PolicyParameters) -> float:
     """Return the priority of `job` under `policy`: a finite number, lower goes first."""
-    if not job.remaining_s:
+    if not job.remaining_s and policy is not Policy.MLFQ:
         return job.arrival_s
     return _PRIORITY_OF[policy](job, parameters)

@@ -1,0 +1,233 @@
+"""`alise serve`: reads our options, leaves vLLM's to vLLM, and makes the plan to launch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from alise_scheduler.policy import Policy
+
+from alise_engine.default_model import DefaultModelUnavailable, ensure_default_model
+from alise_engine.launcher import SCHEDULER_CLASS, Launcher, ServePlan, vllm_command
+from alise_engine.settings import EngineSettings, SettingsError
+from alise_engine.vllm_arguments import ServerAddress, has_option, option_value
+
+DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
+# Small and quick to start, on a CPU; any of them may be given explicitly.
+_DEFAULT_MODEL_OPTIONS = {
+    "--enforce-eager": [],
+    "--max-model-len": ["2048"],
+    "--max-num-seqs": ["16"],
+}
+_RESERVED = ("--scheduler-cls",)
+
+app = typer.Typer()
+
+
+def cache_dir() -> Path:
+    """Return where prepared models are kept: `$ALISE_CACHE_DIR`, or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "alise"
+    return Path(os.environ.get("ALISE_CACHE_DIR", default))
+
+
+def default_state_dir() -> Path:
+    """Return where the sidecar keeps samples and models unless told otherwise."""
+    return Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local" / "state")) / "alise"
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True},
+    epilog="Every other option is vLLM's: see `vllm serve --help`.",
+)
+def serve(
+    arguments: Annotated[
+        Optional[list[str]],  # noqa: UP045 # typer needs it on Python 3.10
+        typer.Argument(
+            metavar="[MODEL] [VLLM OPTIONS]...",
+            help="The model as for `vllm serve` (default: the embedded SmolLM2-135M-Instruct), "
+            "and any of vLLM's options.",
+        ),
+    ] = None,
+    scheduler: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--alise-scheduler",
+            envvar="ALISE_SCHEDULER",
+            metavar="ADDRESS",
+            help="Use the sidecar at this address (unix:///path or host:port) instead of "
+            "starting one.",
+        ),
+    ] = None,
+    policy: Annotated[
+        Policy,
+        typer.Option("--alise-policy", envvar="ALISE_POLICY", help="How estimates order jobs."),
+    ] = Policy.BOOST,
+    gamma: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--alise-gamma",
+            envvar="ALISE_GAMMA",
+            min=1e-6,
+            help="Boost's gamma in 1/s; by default it follows the observed service times.",
+        ),
+    ] = None,
+    state_dir: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--alise-state-dir",
+            envvar="ALISE_STATE_DIR",
+            file_okay=False,
+            help="Where the sidecar keeps samples and models (default: ~/.local/state/alise).",
+        ),
+    ] = None,
+    shared_dir: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--alise-shared-dir",
+            envvar="ALISE_SHARED_DIR",
+            file_okay=False,
+            help="Private folder shared by engine and sidecar (default: a temporary one).",
+        ),
+    ] = None,
+    metrics_port: Annotated[
+        int,
+        typer.Option(
+            "--alise-metrics-port",
+            envvar="ALISE_METRICS_PORT",
+            min=0,
+            max=65535,
+            help="Port of the sidecar's Prometheus metrics; 0 turns them off.",
+        ),
+    ] = 9464,
+    preemption: Annotated[
+        bool,
+        typer.Option(
+            "--alise-preemption/--no-alise-preemption",
+            envvar="ALISE_PREEMPTION",
+            help="Whether a running job may lose its slot to a better waiting one.",
+        ),
+    ] = True,
+    margin_s: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--alise-preemption-margin-s",
+            envvar="ALISE_PREEMPTION_MARGIN_S",
+            min=0.0,
+            help="Seconds of priority by which a waiting job must be better, beyond the cost.",
+        ),
+    ] = None,
+    drain_s: Annotated[
+        int,
+        typer.Option(
+            "--alise-drain-s",
+            envvar="ALISE_DRAIN_S",
+            min=0,
+            help="After SIGTERM, answers in progress get this long to end.",
+        ),
+    ] = 30,
+    oracle_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--alise-oracle-file",
+            exists=True,
+            dir_okay=False,
+            help="For benchmarks: true lengths instead of predictions (docs/benchmark.md).",
+        ),
+    ] = None,
+) -> None:
+    """Serve a model with vLLM and the speculative scheduler."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    vllm_arguments, model_name = _with_model(list(arguments or []))
+    for name in _RESERVED:
+        if has_option(vllm_arguments, name):
+            raise typer.BadParameter(
+                f"{name} is set by `alise serve`; use `vllm serve` for another"
+            )
+    if not has_option(vllm_arguments, "--shutdown-timeout"):
+        vllm_arguments += ["--shutdown-timeout", str(drain_s)]
+    if not has_option(vllm_arguments, "--scheduling-policy"):
+        # A request's own `priority` then means a class above our order; all 0 without one.
+        vllm_arguments += ["--scheduling-policy", "priority"]
+    with tempfile.TemporaryDirectory(prefix="alise-") as temporary:
+        run_dir = shared_dir or Path(temporary)
+        socket = None if scheduler else run_dir / "scheduler.sock"
+        environment = {
+            **os.environ,
+            "ALISE_SCHEDULER": scheduler or f"unix://{socket}",
+            "ALISE_SHARED_DIR": str(run_dir),
+            "ALISE_PREEMPTION": str(int(preemption)),
+            "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+        }
+        if margin_s is not None:
+            environment["ALISE_PREEMPTION_MARGIN_S"] = str(margin_s)
+        try:
+            EngineSettings.from_env(environment)
+        except SettingsError as error:
+            raise typer.BadParameter(str(error)) from error
+        sidecar_command = None
+        if socket is not None:
+            sidecar_command = _sidecar_command(
+                socket, run_dir, state_dir, policy, gamma, metrics_port, oracle_file
+            )
+        plan = ServePlan(
+            model_name=model_name,
+            engine_command=vllm_command([*vllm_arguments, "--scheduler-cls", SCHEDULER_CLASS]),
+            engine_environment=environment,
+            sidecar_command=sidecar_command,
+            sidecar_socket=socket,
+            server=ServerAddress.of(vllm_arguments),
+            drain_s=drain_s,
+        )
+        status = Launcher(plan).run()
+    raise typer.Exit(status)
+
+
+serve_command = typer.main.get_command(app)
+
+
+def _with_model(arguments: list[str]) -> tuple[list[str], str]:
+    """Return vLLM's arguments with a model, and the name that requests call it by."""
+    named = option_value(arguments, "--served-model-name")
+    if arguments and not arguments[0].startswith("-"):
+        return arguments, named or arguments[0]
+    model = option_value(arguments, "--model")
+    if model is not None or has_option(arguments, "--config"):
+        return arguments, named or model or "MODEL"
+    try:
+        folder = ensure_default_model(cache_dir() / DEFAULT_MODEL_NAME)
+    except DefaultModelUnavailable as error:
+        raise typer.BadParameter(str(error)) from error
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    for name, values in _DEFAULT_MODEL_OPTIONS.items():
+        if not has_option(arguments, name):
+            arguments += [name, *values]
+    if named is None:
+        arguments += ["--served-model-name", DEFAULT_MODEL_NAME]
+    return [str(folder), *arguments], named or DEFAULT_MODEL_NAME
+
+
+def _sidecar_command(
+    socket: Path,
+    run_dir: Path,
+    state_dir: Path | None,
+    policy: Policy,
+    gamma: float | None,
+    metrics_port: int,
+    oracle_file: Path | None,
+) -> Sequence[str]:
+    command = [sys.executable, "-m", "alise_scheduler", "scheduler"]
+    command += ["--listen", f"unix://{socket}", "--shared-dir", str(run_dir)]
+    command += ["--state-dir", str(state_dir or default_state_dir())]
+    command += ["--policy", policy.value, "--metrics-port", str(metrics_port)]
+    if gamma is not None:
+        command += ["--gamma", str(gamma)]
+    if oracle_file is not None:
+        command += ["--oracle-file", str(oracle_file)]
+    return command

@@ -1,0 +1,290 @@
+"""The engine's end of the stream to the scheduler sidecar.
+
+The stream lives in threads of its own. The scheduler thread only appends records to a queue and
+takes received estimates from another; it never waits for the sidecar, whatever state that is in.
+This module does not know what the estimates are used for.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import grpc
+from alise_scheduler import protocol
+from alise_scheduler.v1 import scheduler_pb2 as pb
+from alise_scheduler.v1 import scheduler_pb2_grpc as pb_grpc
+
+from alise_engine import metrics
+from alise_engine.events import EngineEvent, Snapshot, to_messages
+from alise_engine.settings import TlsFiles
+
+logger = logging.getLogger("vllm.alise.client")
+
+MAX_QUEUED_EVENTS = 50_000
+"""More than this unsent means that the sidecar hangs: start over with a snapshot."""
+_EVENTS_PER_MESSAGE = 500
+_KEEPALIVE_MS = 1_000
+_FIRST_RETRY_S = 0.1
+_LAST_RETRY_S = 5.0
+_CONNECT_TIMEOUT_S = 2.0
+# An estimate older than this many messages waiting to be applied is not worth keeping.
+_MAX_RECEIVED = 200_000
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", protocol.MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", protocol.MAX_MESSAGE_BYTES),
+    # A sidecar that hangs with its socket open is noticed by unanswered pings.
+    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What the sidecar says of one job."""
+
+    job_id: str
+    priority: float
+    remaining_tokens: float | None
+    at_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds that a token costs at the present load."""
+
+    prefill_s_per_token: float
+    decode_s_per_token: float
+
+
+DEFAULT_COSTS = Costs(prefill_s_per_token=0.0005, decode_s_per_token=0.05)
+
+
+class Connection:
+    """One stream's outgoing queue; a reconnect gets a new one, so nothing old leaks into it."""
+
+    def __init__(self) -> None:
+        self.outgoing: queue.SimpleQueue[EngineEvent | None] = queue.SimpleQueue()
+        self.has_snapshot = False  # written by the scheduler thread alone
+
+
+class SidecarClient:
+    """Keeps a `Session` stream open, for ever; every method returns at once."""
+
+    def __init__(
+        self, address: str, tls: TlsFiles | None, make_hello: Callable[[], pb.Hello]
+    ) -> None:
+        self._address = address
+        self._tls = tls
+        self._make_hello = make_hello
+        self._connection: Connection | None = None
+        self._received: deque[Estimate] = deque(maxlen=_MAX_RECEIVED)
+        self._stopping = threading.Event()
+        self._call: grpc.Call | None = None
+        self._down_since_s: float | None = time.monotonic()
+        self.costs = DEFAULT_COSTS
+        self._thread = threading.Thread(target=self._run, name="alise-stream", daemon=True)
+
+    def start(self) -> None:
+        """Start connecting, in the background."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the stream."""
+        self._stopping.set()
+        self._hang_up()
+        self._thread.join(timeout=2.0)
+
+    def down_for_s(self, now_s: float) -> float:
+        """Return for how long there has been no stream; 0 while there is one."""
+        since = self._down_since_s
+        return 0.0 if since is None else now_s - since
+
+    # The scheduler thread's side.
+
+    def wants_snapshot(self) -> bool:
+        """Say whether a new stream waits for the live jobs before it takes other events."""
+        connection = self._connection
+        return connection is not None and not connection.has_snapshot
+
+    def send_snapshot(self, snapshot: Snapshot) -> None:
+        """Send all live jobs; from here on the stream takes events."""
+        connection = self._connection
+        if connection is not None:
+            connection.outgoing.put(snapshot)
+            connection.has_snapshot = True
+
+    def send(self, event: EngineEvent) -> None:
+        """Queue `event`; dropped without a stream, as the next snapshot will say it anyway."""
+        connection = self._connection
+        if connection is None or not connection.has_snapshot:
+            return
+        if connection.outgoing.qsize() > MAX_QUEUED_EVENTS:
+            self._connection = None
+            self._hang_up()
+            return
+        connection.outgoing.put(event)
+
+    def receive(self, limit: int) -> list[Estimate]:
+        """Return up to `limit` estimates, in the order in which they came."""
+        received = self._received
+        return [received.popleft() for _ in range(min(limit, len(received)))]
+
+    # The stream's threads.
+
+    def _hang_up(self) -> None:
+        connection, call = self._connection, self._call
+        if connection is not None:
+            connection.outgoing.put(None)
+        if call is not None:
+            call.cancel()
+
+    def _run(self) -> None:
+        retry_s = _FIRST_RETRY_S
+        while not self._stopping.is_set():
+            began_s = time.monotonic()
+            try:
+                self._serve_one_stream()
+            except grpc.RpcError as error:
+                logger.warning("No stream to the scheduler sidecar: %s", _describe(error))
+            except Exception:
+                logger.exception("The stream to the scheduler sidecar failed")
+            self._went_down()
+            if time.monotonic() - began_s > _LAST_RETRY_S:
+                retry_s = _FIRST_RETRY_S
+            self._stopping.wait(retry_s * random.uniform(0.5, 1.0))  # noqa: S311 # jitter
+            retry_s = min(2 * retry_s, _LAST_RETRY_S)
+
+    def _went_down(self) -> None:
+        self._connection = None
+        self._call = None
+        if self._down_since_s is None:
+            self._down_since_s = time.monotonic()
+        metrics.SIDECAR_CONNECTED.set(0)
+
+    def _channel(self) -> grpc.Channel:
+        if self._tls is None:
+            return grpc.insecure_channel(self._address, options=CHANNEL_OPTIONS)
+        credentials = grpc.ssl_channel_credentials(
+            root_certificates=self._tls.ca.read_bytes() if self._tls.ca else None,
+            private_key=self._tls.key.read_bytes() if self._tls.key else None,
+            certificate_chain=(
+                self._tls.certificate.read_bytes() if self._tls.certificate else None
+            ),
+        )
+        return grpc.secure_channel(self._address, credentials, options=CHANNEL_OPTIONS)
+
+    def _serve_one_stream(self) -> None:
+        """Open a stream and take its messages until it ends; raises grpc.RpcError."""
+        hello = self._make_hello()
+        with self._channel() as channel:
+            grpc.channel_ready_future(channel).result(timeout=_CONNECT_TIMEOUT_S)
+            connection = Connection()
+            call = pb_grpc.SchedulerStub(channel).Session(_outgoing(connection, hello))
+            self._call = call
+            try:
+                for message in call:
+                    self._take(message, connection)
+                    if self._stopping.is_set():
+                        return
+            finally:
+                connection.outgoing.put(None)
+                call.cancel()
+
+    def _take(self, message: pb.SidecarMessage, connection: Connection) -> None:
+        kind = message.WhichOneof("body")
+        if kind == "welcome":
+            welcome = message.welcome
+            logger.info(
+                "Scheduler sidecar %s at %s: policy %s, model version %d",
+                welcome.sidecar_version,
+                self._address,
+                welcome.policy,
+                welcome.model_version,
+            )
+            self._connection = connection
+            self._down_since_s = None
+            metrics.SIDECAR_CONNECTED.set(1)
+        elif kind == "update":
+            self._take_update(message.update)
+
+    def _take_update(self, update: pb.EstimateUpdate) -> None:
+        if update.HasField("cost_model"):
+            costs = Costs(
+                update.cost_model.prefill_s_per_token, update.cost_model.decode_s_per_token
+            )
+            if _is_positive(costs.prefill_s_per_token) and _is_positive(costs.decode_s_per_token):
+                self.costs = costs
+            else:
+                metrics.ESTIMATES_REFUSED.inc()
+        for item in update.estimates:
+            if not (math.isfinite(item.priority) and 0 <= item.remaining_tokens < math.inf):
+                metrics.ESTIMATES_REFUSED.inc()
+                continue
+            self._received.append(
+                Estimate(
+                    job_id=item.job_id,
+                    priority=item.priority,
+                    remaining_tokens=item.remaining_tokens or None,
+                    at_output_tokens=item.at_output_tokens,
+                )
+            )
+
+
+def _outgoing(connection: Connection, hello: pb.Hello) -> Iterator[pb.EngineMessage]:
+    """Yield the messages of one stream; blocks in gRPC's own thread. None ends it."""
+    sequence = 1
+    yield _message(sequence, [pb.Event(hello=hello)])
+    while (event := connection.outgoing.get()) is not None:
+        events = to_messages(event)
+        # What has gathered meanwhile goes along; a snapshot's parts are large and go alone.
+        while len(events) < _EVENTS_PER_MESSAGE and not isinstance(event, Snapshot):
+            try:
+                event = connection.outgoing.get_nowait()
+            except queue.Empty:
+                break
+            if event is None:
+                return
+            events.extend(to_messages(event))
+        for part in _bounded(events):
+            sequence += 1
+            yield _message(sequence, part)
+
+
+def _bounded(events: list[pb.Event]) -> Iterator[list[pb.Event]]:
+    """Split `events` so that no message comes near the bound on its bytes."""
+    part: list[pb.Event] = []
+    size = 0
+    for event in events:
+        event_bytes = event.ByteSize()
+        if part and size + event_bytes > protocol.MAX_MESSAGE_BYTES // 2:
+            yield part
+            part, size = [], 0
+        part.append(event)
+        size += event_bytes
+    if part:
+        yield part
+
+
+def _message(sequence: int, events: list[pb.Event]) -> pb.EngineMessage:
+    return pb.EngineMessage(sequence=sequence, sent_s=time.monotonic(), events=events)
+
+
+def _is_positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _describe(error: grpc.RpcError) -> str:
+    if isinstance(error, grpc.Call):
+        return f"{error.code().name}: {error.details()}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,136 @@
+"""Dispatch: which running jobs make room for which waiting ones, in one engine iteration.
+
+Pure: priorities and remaining-time estimates in, job ids out. It does not know how priorities
+come about, and nothing of vLLM. It admits nobody: the engine admits in queue order; dispatch
+only says whom to preempt first, so that there is a slot (and KV blocks) for a better job.
+
+Invariants (tests/test_alise_engine_dispatch.py):
+
+- a job that the sidecar has not ranked neither preempts nor is preempted, so without estimates
+  the order is FCFS;
+- a victim is behind its candidate by more than the margin, and has more work left than the
+  candidate and the cost of preempting together: two jobs cannot evict each other in turn unless
+  an estimate changes in between;
+- nobody is preempted while there is room, nor when the candidate would still not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+OrderKey: TypeAlias = tuple[int, float, int]
+"""Class (vLLM's own `priority`), then the sidecar's priority, then order of arrival."""
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingJob:
+    """A job that could be admitted now."""
+
+    job_id: str
+    key: OrderKey
+    is_ranked: bool
+    remaining_s: float | None
+    """Expected work left; None when the policy needs no estimate."""
+    blocks: int
+    """KV blocks that admission takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunningJob:
+    """A job that holds a slot."""
+
+    job_id: str
+    key: OrderKey
+    is_ranked: bool
+    remaining_s: float | None
+    recompute_s: float
+    """What running its prompt and answer again would cost."""
+    blocks: int
+    is_preemptible: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What is free before anybody is preempted."""
+
+    slots: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchParameters:
+    """When a preemption is worth it."""
+
+    margin_s: float = 2.0
+    """A victim's priority must be worse than the candidate's by this, beyond its cost."""
+    cost_weight: float = 2.0
+    """Seconds of margin for each second that preempting costs: recomputing slows all the batch."""
+    protected_s: float = 1.0
+    """A job with less work left than this is nearly done and keeps its slot."""
+    max_preemptions_per_step: int = 4
+
+
+def is_worth_preempting(
+    candidate: WaitingJob, victim: RunningJob, parameters: DispatchParameters
+) -> bool:
+    """Say whether `candidate` should have the place of `victim`."""
+    if not (candidate.is_ranked and victim.is_ranked and victim.is_preemptible):
+        return False
+    if candidate.key[0] != victim.key[0]:
+        return candidate.key[0] < victim.key[0]
+    cost_s = parameters.cost_weight * victim.recompute_s
+    if victim.key[1] - candidate.key[1] <= parameters.margin_s + cost_s:
+        return False
+    if victim.remaining_s is None or candidate.remaining_s is None:
+        return True
+    return (
+        victim.remaining_s > parameters.protected_s
+        and victim.remaining_s > candidate.remaining_s + cost_s
+    )
+
+
+def choose_victims(
+    waiting: Iterable[WaitingJob],
+    running: Sequence[RunningJob],
+    room: Room,
+    parameters: DispatchParameters,
+) -> list[str]:
+    """Return the ids of the running jobs to preempt, in the order to preempt them.
+
+    `waiting` comes best first and is read only as far as needed; `running` comes worst first.
+    Stops at the first waiting job for which no room can be made: nobody overtakes it by fitting.
+    """
+    victims: list[RunningJob] = []
+    slots, blocks = room.slots, room.blocks
+    for candidate in waiting:
+        chosen = _victims_for(candidate, running, victims, Room(slots, blocks), parameters)
+        if chosen is None:
+            break
+        victims.extend(chosen)
+        slots += len(chosen) - 1
+        blocks += sum(victim.blocks for victim in chosen) - candidate.blocks
+    return [victim.job_id for victim in victims]
+
+
+def _victims_for(
+    candidate: WaitingJob,
+    running: Sequence[RunningJob],
+    taken: Sequence[RunningJob],
+    room: Room,
+    parameters: DispatchParameters,
+) -> list[RunningJob] | None:
+    """Return whom to preempt so that `candidate` fits; empty if it does, None if it cannot."""
+    chosen: list[RunningJob] = []
+    slots, blocks = room.slots, room.blocks
+    for victim in running:
+        if slots >= 1 and blocks >= candidate.blocks:
+            break
+        if len(taken) + len(chosen) >= parameters.max_preemptions_per_step:
+            break
+        if victim not in taken and is_worth_preempting(candidate, victim, parameters):
+            chosen.append(victim)
+            slots += 1
+            blocks += victim.blocks
+    return chosen if slots >= 1 and blocks >= candidate.blocks else None

@@ -1,0 +1,163 @@
+"""`alise serve`: a vLLM server with our plug-ins, and a scheduler sidecar beside it.
+
+Supervises both: a sidecar that dies is restarted while the engine goes on; when the engine ends,
+all ends with its exit status; SIGTERM drains.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from alise_engine.processes import spawn, stop
+from alise_engine.progress import StartDisplay
+from alise_engine.vllm_arguments import ServerAddress
+
+logger = logging.getLogger("alise.serve")
+
+SCHEDULER_CLASS = "alise_engine.scheduler.AliseScheduler"
+SIDECAR_READY_S = 20.0
+_POLL_S = 0.2
+_FIRST_RESTART_S = 0.5
+_LAST_RESTART_S = 30.0
+_STOP_GRACE_S = 15.0
+_SIDECAR_STOP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServePlan:
+    """Everything that `alise serve` starts, decided before anything is started."""
+
+    model_name: str
+    engine_command: Sequence[str]
+    engine_environment: Mapping[str, str]
+    sidecar_command: Sequence[str] | None
+    """None: the sidecar runs elsewhere."""
+    sidecar_socket: Path | None
+    server: ServerAddress
+    drain_s: float
+
+
+@dataclass(slots=True)
+class _Sidecar:
+    """The sidecar's process, restarted with growing pauses."""
+
+    command: Sequence[str]
+    process: subprocess.Popen[bytes]
+    pause_s: float = _FIRST_RESTART_S
+    started_s: float = field(default_factory=time.monotonic)
+    restart_at_s: float | None = None
+
+    def tend(self) -> None:
+        """Notice a dead process and start it again when its pause is over."""
+        now_s = time.monotonic()
+        if self.restart_at_s is not None:
+            if now_s >= self.restart_at_s:
+                self.process, self.started_s = spawn(self.command, os.environ), now_s
+                self.restart_at_s = None
+        elif (status := self.process.poll()) is not None:
+            if now_s - self.started_s > _LAST_RESTART_S:
+                self.pause_s = _FIRST_RESTART_S
+            logger.warning(
+                "The scheduler sidecar ended (status %d); the engine goes on in order of arrival. "
+                "Restarting it in %.1f s",
+                status,
+                self.pause_s,
+            )
+            self.restart_at_s = now_s + self.pause_s
+            self.pause_s = min(2 * self.pause_s, _LAST_RESTART_S)
+
+
+class Launcher:
+    """Runs a `ServePlan` until the engine ends or a signal asks for it."""
+
+    def __init__(self, plan: ServePlan) -> None:
+        self._plan = plan
+        self._signal: int | None = None
+
+    def run(self) -> int:
+        """Serve; return the engine's exit status, 0 after a signal."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        sidecar: _Sidecar | None = None
+        engine: subprocess.Popen[bytes] | None = None
+        with tempfile.TemporaryDirectory(prefix="alise-metrics-") as metrics_dir:
+            try:
+                with StartDisplay() as display:
+                    sidecar = self._start_sidecar(display)
+                    engine = self._start_engine(display, metrics_dir)
+                    is_ready = self._wait_until_ready(engine, sidecar, display)
+                    if not is_ready and self._signal is None:
+                        display.failed()
+                while self._signal is None and engine.poll() is None:
+                    if sidecar is not None:
+                        sidecar.tend()
+                    time.sleep(_POLL_S)
+            finally:
+                status = self._stop(engine, sidecar)
+        return 0 if self._signal is not None else status
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self._signal = number
+
+    def _start_sidecar(self, display: StartDisplay) -> _Sidecar | None:
+        command, socket = self._plan.sidecar_command, self._plan.sidecar_socket
+        if command is None:
+            return None
+        display.phase("starting the scheduler sidecar")
+        sidecar = _Sidecar(command, spawn(command, os.environ))
+        deadline_s = time.monotonic() + SIDECAR_READY_S
+        while socket is not None and not socket.exists() and time.monotonic() < deadline_s:
+            if self._signal is not None or sidecar.process.poll() is not None:
+                break  # a sidecar that can't start is restarted later; the engine needs none
+            time.sleep(_POLL_S)
+        return sidecar
+
+    def _start_engine(self, display: StartDisplay, metrics_dir: str) -> subprocess.Popen[bytes]:
+        display.phase(f"loading {self._plan.model_name}")
+        # Makes vLLM's /metrics collect our metrics from the engine's process too.
+        environment = {**self._plan.engine_environment, "PROMETHEUS_MULTIPROC_DIR": metrics_dir}
+        engine = spawn(self._plan.engine_command, environment, stdout=subprocess.PIPE)
+        assert engine.stdout is not None
+        display.follow(engine.stdout)
+        return engine
+
+    def _wait_until_ready(
+        self,
+        engine: subprocess.Popen[bytes],
+        sidecar: _Sidecar | None,
+        display: StartDisplay,
+    ) -> bool:
+        server = self._plan.server
+        while self._signal is None and engine.poll() is None:
+            if sidecar is not None:
+                sidecar.tend()
+            if server.is_healthy():
+                display.done(f"ready. Try it:\n\n{server.curl(self._plan.model_name)}\n")
+                return True
+            time.sleep(_POLL_S)
+        return False
+
+    def _stop(self, engine: subprocess.Popen[bytes] | None, sidecar: _Sidecar | None) -> int:
+        status = 1
+        if engine is not None:
+            if engine.poll() is None:
+                logger.info("Draining: up to %.0f s for answers in progress", self._plan.drain_s)
+            status = stop(engine, self._plan.drain_s + _STOP_GRACE_S)
+        if sidecar is not None:
+            stop(sidecar.process, _SIDECAR_STOP_S)
+        return status
+
+
+def vllm_command(arguments: Sequence[str]) -> list[str]:
+    """Return the command of `vllm serve` with this interpreter."""
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]

@@ -1,0 +1,440 @@
+"""vLLM's scheduler with ALISE's order: the plug-in for `--scheduler-cls`.
+
+A thin adapter: it keeps a record of each live job, hands waiting and running jobs to `dispatch`,
+carries its decisions out through vLLM's own paths, and passes events to and estimates from the
+stream. The parent schedules; this class only orders the queue and makes room. It does no I/O.
+
+Every touch of vLLM's internals is in this file and in `job_queue.py`, and named in
+tests/test_alise_engine_internals.py.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import vllm
+from alise_scheduler import protocol
+from alise_scheduler.v1 import scheduler_pb2 as pb
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.request import Request, RequestStatus
+
+from alise_engine import metrics
+from alise_engine.client import Costs, Estimate, SidecarClient
+from alise_engine.dispatch import OrderKey, Room, RunningJob, WaitingJob, choose_victims
+from alise_engine.events import Arrived, Finished, Preempted, Progress, Snapshot, Step
+from alise_engine.job_queue import KeyedRequestQueue
+from alise_engine.settings import EngineSettings
+from alise_engine.token_table_process import ensure_token_table
+
+logger = init_logger("vllm.alise.scheduler")
+
+REPORT_INTERVAL_S = 0.25
+"""Progress goes out this often: not per token."""
+MAX_ESTIMATES_PER_STEP = 128
+"""Bounds what applying estimates may add to a step."""
+_BLOCKED_RETRY_S = 1.0
+_STEPS_PER_REPORT = 16
+_VICTIMS_CONSIDERED = 16
+"""Only the worst running jobs are looked at: the better ones are not behind anybody by a margin."""
+
+_REASONS = {
+    RequestStatus.FINISHED_STOPPED: pb.FINISH_REASON_STOP,
+    RequestStatus.FINISHED_REPETITION: pb.FINISH_REASON_STOP,
+    RequestStatus.FINISHED_LENGTH_CAPPED: pb.FINISH_REASON_LENGTH,
+    RequestStatus.FINISHED_ABORTED: pb.FINISH_REASON_ABORTED,
+}
+
+
+class JobRecord:
+    """What the scheduler remembers of a live job beside vLLM's own request."""
+
+    __slots__ = (
+        "arrival_s",
+        "at_output_tokens",
+        "class_",
+        "first_token_s",
+        "is_ranked",
+        "number",
+        "priority",
+        "remaining_tokens",
+        "reported_tokens",
+        "request",
+    )
+
+    def __init__(self, request: Request, class_: int, number: int, arrival_s: float) -> None:
+        self.request = request
+        self.class_ = class_
+        self.number = number  # order of arrival: breaks ties
+        self.arrival_s = arrival_s
+        self.priority = arrival_s  # FCFS until the sidecar says otherwise
+        self.is_ranked = False
+        self.remaining_tokens: float | None = None
+        self.at_output_tokens = 0
+        self.reported_tokens = 0
+        self.first_token_s = 0.0
+
+    @property
+    def key(self) -> OrderKey:
+        """Return where the job stands in the order."""
+        return (self.class_, self.priority, self.number)
+
+    def expected_tokens(self) -> float | None:
+        """Return the tokens still expected now; None when the policy needs no estimate."""
+        if self.remaining_tokens is None:
+            return None
+        lived = self.request.num_output_tokens - self.at_output_tokens
+        return max(self.remaining_tokens - lived, 1.0)
+
+
+class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped to us
+    """vLLM's scheduler, ordered and preempted by the sidecar's priorities."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settings = EngineSettings.from_env(os.environ)
+        self._jobs: dict[str, JobRecord] = {}  # req_id -> record
+        self._client: SidecarClient | None = None
+        if self._settings.address is None:
+            logger.warning("ALISE_SCHEDULER is not set: scheduling is stock vLLM's")
+            return
+        # With classes (`--scheduling-policy priority`) a request's own `priority` ranks above our
+        # order. The parent's FCFS path preempts `running[-1]` when blocks run out, which is the
+        # worst by our order as we keep `running` sorted; its PRIORITY path would ignore that order.
+        self._has_classes = self.policy == SchedulingPolicy.PRIORITY
+        self.policy = SchedulingPolicy.FCFS
+        self.waiting = KeyedRequestQueue(self._key_of)
+        self.kv_holding_waiting = KeyedRequestQueue(self._key_of)
+        self._next_number = 0
+        self._ranked_jobs = 0
+        self._next_report_s = 0.0
+        self._no_block_preemption_until_s = 0.0
+        self._steps: list[Step] = []
+        self._open_step: tuple[float, int, int, int] | None = None
+        self._unreported_preemptions = 0
+        self._unreported_recomputed_tokens = 0
+        self._unreported_unknown_jobs = 0
+        self._client = SidecarClient(
+            self._settings.address, self._settings.tls, _HelloMaker(self, self._settings)
+        )
+        self._client.start()
+
+    # What vLLM calls.
+
+    def add_request(self, request: Request) -> None:
+        """Queue `request` by its arrival and tell the sidecar; waits for nobody."""
+        if self._client is not None and request.request_id not in self._jobs:
+            class_ = request.priority if self._has_classes else 0
+            record = JobRecord(request, class_, self._next_number, time.monotonic())
+            self._next_number += 1
+            self._jobs[request.request_id] = record
+            self._client.send(_arrived(record))
+        super().add_request(request)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Apply new estimates, make room for better jobs, and let vLLM schedule."""
+        if self._client is None:
+            return super().schedule(throttle_prefills)
+        now_s = time.monotonic()
+        self._close_step(now_s)
+        self._take_estimates(now_s)
+        victims: list[Request] = []
+        if self._ranked_jobs or self._has_classes:
+            self.running.sort(key=self._key_of)
+            if not throttle_prefills and self._pause_state == PauseState.UNPAUSED:
+                victims = self._preempt_for_waiting(now_s)
+        try:
+            output = super().schedule(throttle_prefills)
+        finally:
+            # Held back meanwhile: a victim must not be admitted again in the same step.
+            for request in victims:
+                self.waiting.add_request(request)
+        self._open_step_of(output, now_s)
+        if now_s >= self._next_report_s or not self._jobs:
+            self._next_report_s = now_s + REPORT_INTERVAL_S
+            self._report(self._client)
+        return output
+
+    def shutdown(self) -> None:
+        """End the stream with the engine."""
+        if self._client is not None:
+            self._client.stop()
+        super().shutdown()
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        if not request.num_output_tokens:
+            record = self._jobs.get(request.request_id)
+            if record is not None:
+                record.first_token_s = time.monotonic() - record.arrival_s
+        result: tuple[list[int], bool] = super()._update_request_with_output(
+            request, new_token_ids, is_stale
+        )
+        return result
+
+    def _free_request(
+        self, request: Request, delay_free_blocks: bool = False
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        record = self._jobs.pop(request.request_id, None)
+        if record is not None:
+            self._ranked_jobs -= record.is_ranked
+            if self._client is not None:
+                self._client.send(_finished(record))
+        result: tuple[dict[str, Any] | None, dict[str, Any] | None] = super()._free_request(
+            request, delay_free_blocks
+        )
+        return result
+
+    # Estimates in, decisions out.
+
+    def _key_of(self, request: Request) -> OrderKey:
+        return self._jobs[request.request_id].key
+
+    def _take_estimates(self, now_s: float) -> None:
+        client = self._client
+        assert client is not None
+        if client.wants_snapshot():
+            client.send_snapshot(self._snapshot())
+        if self._ranked_jobs and client.down_for_s(now_s) > self._settings.stale_after_s:
+            logger.warning(
+                "No scheduler sidecar for %.1f s: jobs are ordered by arrival (FCFS) until it "
+                "is back",
+                client.down_for_s(now_s),
+            )
+            self._forget_estimates()
+        for estimate in client.receive(MAX_ESTIMATES_PER_STEP):
+            self._apply(estimate)
+
+    def _apply(self, estimate: Estimate) -> None:
+        record = self._jobs.get(estimate.job_id)
+        if record is None:
+            self._unreported_unknown_jobs += 1
+            return
+        self._ranked_jobs += not record.is_ranked
+        record.is_ranked = True
+        record.remaining_tokens = estimate.remaining_tokens
+        record.at_output_tokens = estimate.at_output_tokens
+        if record.priority != estimate.priority:
+            record.priority = estimate.priority
+            self._reorder(record.request)
+
+    def _reorder(self, request: Request) -> None:
+        self.waiting.reorder(request)
+        self.kv_holding_waiting.reorder(request)
+
+    def _forget_estimates(self) -> None:
+        for record in self._jobs.values():
+            if record.is_ranked:
+                record.is_ranked = False
+                record.remaining_tokens = None
+                record.priority = record.arrival_s
+                self._reorder(record.request)
+        self._ranked_jobs = 0
+
+    def _preempt_for_waiting(self, now_s: float) -> list[Request]:
+        """Preempt whom dispatch names; return them, taken out of the waiting queue."""
+        if not self._settings.preempts or not self.waiting or not self.running:
+            return []
+        room = self._room(now_s)
+        costs = self._client_costs()
+        worst = self.running[: -_VICTIMS_CONSIDERED - 1 : -1]
+        running = [self._running_job(request, costs) for request in worst]
+        waiting = self._waiting_jobs(costs)
+        victim_ids = choose_victims(waiting, running, room, self._settings.dispatch)
+        if not victim_ids:
+            return []
+        if room.slots > 0:
+            # Blocks were short. They are counted without shared prefixes and reservations, so
+            # the candidate may still not fit: give it time before anybody else is preempted.
+            self._no_block_preemption_until_s = now_s + _BLOCKED_RETRY_S
+        victims = [self.requests[job_id] for job_id in victim_ids]
+        for request in victims:
+            self._preempt(request, now_s)
+        return victims
+
+    def _preempt(self, request: Request, now_s: float) -> None:
+        self.running.remove(request)
+        self.prev_step_scheduled_req_ids.discard(request.request_id)
+        self._unreported_preemptions += 1
+        self._unreported_recomputed_tokens += request.num_computed_tokens
+        assert self._client is not None
+        self._client.send(Preempted(request.request_id, request.num_output_tokens))
+        self._preempt_request(request, now_s, drop_stale_output=self.requires_kv_delivery)
+        self.waiting.remove_request(request)
+
+    def _room(self, now_s: float) -> Room:
+        slots = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
+        pool = self.kv_cache_manager.block_pool
+        blocks = pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
+        if now_s < self._no_block_preemption_until_s:
+            blocks = pool.num_gpu_blocks
+        return Room(slots=slots, blocks=blocks)
+
+    def _waiting_jobs(self, costs: Costs) -> Iterator[WaitingJob]:
+        for request in self.waiting:
+            if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+                continue
+            record = self._jobs[request.request_id]
+            tokens = record.expected_tokens()
+            yield WaitingJob(
+                job_id=request.request_id,
+                key=record.key,
+                is_ranked=record.is_ranked,
+                remaining_s=None if tokens is None else tokens * costs.decode_s_per_token,
+                blocks=request.num_tokens // self.block_size + 1,
+            )
+
+    def _running_job(self, request: Request, costs: Costs) -> RunningJob:
+        record = self._jobs[request.request_id]
+        tokens = record.expected_tokens()
+        return RunningJob(
+            job_id=request.request_id,
+            key=record.key,
+            is_ranked=record.is_ranked,
+            remaining_s=None if tokens is None else tokens * costs.decode_s_per_token,
+            recompute_s=request.num_computed_tokens * costs.prefill_s_per_token,
+            blocks=request.num_computed_tokens // self.block_size,
+            is_preemptible=(
+                request.status == RequestStatus.RUNNING
+                and self._request_blocks_can_be_freed(request)
+            ),
+        )
+
+    # Events out.
+
+    def _report(self, client: SidecarClient) -> None:
+        for request in self.running:
+            record = self._jobs[request.request_id]
+            if request.num_output_tokens > record.reported_tokens:
+                client.send(_progress(record))
+        for step in self._steps:
+            client.send(step)
+        self._steps.clear()
+        metrics.RANKED_JOBS.set(self._ranked_jobs)
+        metrics.LIVE_JOBS.set(len(self._jobs))
+        metrics.PREEMPTIONS.inc(self._unreported_preemptions)
+        metrics.RECOMPUTED_TOKENS.inc(self._unreported_recomputed_tokens)
+        metrics.ESTIMATES_UNKNOWN.inc(self._unreported_unknown_jobs)
+        self._unreported_preemptions = 0
+        self._unreported_recomputed_tokens = 0
+        self._unreported_unknown_jobs = 0
+
+    def _snapshot(self) -> Snapshot:
+        records = list(self._jobs.values())
+        for record in records:
+            record.reported_tokens = 0
+        return Snapshot(
+            jobs=[_arrived(record) for record in records],
+            progress=[_progress(record) for record in records if record.request.num_output_tokens],
+        )
+
+    def _open_step_of(self, output: SchedulerOutput, now_s: float) -> None:
+        """Note what this iteration runs; its duration is known when the next one begins."""
+        scheduled = output.num_scheduled_tokens
+        if not scheduled or len(self._steps) >= _STEPS_PER_REPORT:
+            return
+        decode_jobs = sum(1 for tokens in scheduled.values() if tokens == 1)
+        prefill_tokens = output.total_num_scheduled_tokens - decode_jobs
+        context = sum(self.requests[job_id].num_computed_tokens for job_id in scheduled)
+        self._open_step = (now_s, prefill_tokens, decode_jobs, context)
+
+    def _close_step(self, now_s: float) -> None:
+        if self._open_step is None:
+            return
+        began_s, prefill_tokens, decode_jobs, context = self._open_step
+        self._open_step = None
+        # With nobody running, the time since then includes waiting for a request.
+        if self.running:
+            self._steps.append(Step(prefill_tokens, decode_jobs, context, now_s - began_s))
+
+    def _client_costs(self) -> Costs:
+        assert self._client is not None
+        return self._client.costs
+
+
+class _HelloMaker:
+    """Says who this engine is; called on the stream's thread before each connect."""
+
+    def __init__(self, scheduler: AliseScheduler, settings: EngineSettings) -> None:
+        config = scheduler.vllm_config
+        self._model_config = config.model_config
+        self._download_dir: str | None = config.load_config.download_dir
+        self._max_num_seqs: int = scheduler.max_num_active_reqs
+        self._shared_dir = settings.shared_dir
+        self._engine_id = uuid.uuid4().hex
+        self._token_table_file: str | None = None
+
+    def __call__(self) -> pb.Hello:
+        """Return the first message of a stream; the first call may take a while."""
+        model = self._model_config
+        if self._token_table_file is None:
+            self._token_table_file = (
+                ensure_token_table(
+                    model.model, model.revision, self._download_dir, self._shared_dir
+                )
+                if self._shared_dir is not None
+                else ""
+            )
+        served = model.served_model_name
+        return pb.Hello(
+            protocol_version=protocol.PROTOCOL_VERSION,
+            engine_id=self._engine_id,
+            engine_version=vllm.__version__,
+            model=served[0] if isinstance(served, list) else served,
+            max_model_len=model.max_model_len,
+            max_num_seqs=self._max_num_seqs,
+            token_table_file=self._token_table_file,
+        )
+
+
+def _arrived(record: JobRecord) -> Arrived:
+    request, sampling = record.request, record.request.sampling_params
+    lora = request.lora_request
+    return Arrived(
+        job_id=request.request_id,
+        arrival_s=record.arrival_s,
+        # Absent for a prompt of embeddings, and for the pooling of one.
+        prompt_token_ids=request.prompt_token_ids or (),
+        max_tokens=request.max_tokens,
+        temperature=0.0 if sampling is None else sampling.temperature,
+        stop_strings=0 if sampling is None else len(sampling.stop),
+        lora_name="" if lora is None else lora.lora_name,
+    )
+
+
+def _take_new_token_ids(record: JobRecord) -> list[int]:
+    """Return the answer's tokens that have not been reported, and count them as reported."""
+    new_token_ids: list[int] = record.request.output_token_ids[record.reported_tokens :]
+    record.reported_tokens += len(new_token_ids)
+    return new_token_ids
+
+
+def _progress(record: JobRecord) -> Progress:
+    request = record.request
+    return Progress(
+        job_id=request.request_id,
+        new_token_ids=_take_new_token_ids(record),
+        output_tokens=request.num_output_tokens,
+        is_running=request.status == RequestStatus.RUNNING,
+    )
+
+
+def _finished(record: JobRecord) -> Finished:
+    request = record.request
+    return Finished(
+        job_id=request.request_id,
+        reason=_REASONS.get(request.status, pb.FINISH_REASON_ERROR),
+        output_tokens=request.num_output_tokens,
+        new_token_ids=_take_new_token_ids(record),
+        finish_s=time.monotonic(),
+        first_token_s=record.first_token_s,
+        preemptions=request.num_preemptions,
+    )
