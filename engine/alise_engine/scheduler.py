@@ -57,8 +57,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         # With classes (`--scheduling-policy priority`) a request's own `priority` ranks above our
         # order. The parent's FCFS path preempts `running[-1]` when blocks run out, which is the
         # worst by our order as we keep `running` sorted; its PRIORITY path would ignore that order.
-        policy: SchedulingPolicy = self.policy
-        self._has_classes = policy == SchedulingPolicy.PRIORITY
+        self._has_classes = self.scheduler_config.policy == SchedulingPolicy.PRIORITY.value
         self.policy = SchedulingPolicy.FCFS
         self.waiting = KeyedRequestQueue(self._key_of)
         self.kv_holding_waiting = KeyedRequestQueue(self._key_of)
