@@ -160,4 +160,4 @@ class Launcher:
 
 def vllm_command(arguments: Sequence[str]) -> list[str]:
     """Return the command of `vllm serve` with this interpreter."""
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
+    return [sys.executable, "-m", "alise_engine.vllm_main", "serve", *arguments]

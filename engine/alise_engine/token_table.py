@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 FORMAT_VERSION: Final = 1
-DIMENSIONS: Final = 64
+DIMENSIONS: Final = 256
 
 _CHUNK_ROWS: Final = 8192
 _INDEX_FILE: Final = "model.safetensors.index.json"
@@ -44,7 +44,7 @@ class TokenTableUnavailable(RuntimeError):  # noqa: N818 - a state of the model,
 def build_token_table(model_dir: Path, destination: Path) -> None:
     """Write the token table of the model in `model_dir` to `destination` (.npz), atomically.
 
-    Arrays: `embedding` float16 [vocab, 64], the PCA projection of the input embeddings, scaled to
+    Arrays: `embedding` float16 [vocab, 256], the PCA projection of the input embeddings, scaled to
     a mean row norm of 1; `text_bytes` uint8 [total] and `text_offsets` int64 [vocab + 1], the
     surface text of each token (empty for special ones); `source_sha256` uint8 [32], of the
     unprojected embeddings and the texts; `format_version`. Reads the embeddings in chunks.
@@ -105,7 +105,7 @@ def _chunks(path: Path, name: str) -> Iterator[Any]:
 
 
 def _project(path: Path, name: str) -> tuple[npt.NDArray[np.float16], Any]:
-    """Return the projected embeddings [vocab, 64] and a hash of the unprojected ones."""
+    """Return the projected embeddings [vocab, 256] and a hash of the unprojected ones."""
     import torch
 
     digest, count = hashlib.sha256(), 0

