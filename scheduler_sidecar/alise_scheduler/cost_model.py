@@ -13,15 +13,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import nnls
 
 _WINDOW_STEPS: Final = 512
 _LOAD_STEPS: Final = 64
 _REFIT_STEPS: Final = 32  # the first fit needs as many, each next one this many more
 _OUTLIER_RATIO: Final = 3.0
+_LEAST_RATE_S: Final = 1e-7  # a rate of 0 would say that tokens are free
+
+_Array: TypeAlias = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +67,7 @@ class ServiceRates:
 
     def service_s(self, prompt_tokens: float, output_tokens: float) -> float:
         """Return T(s, n), seconds, for a prompt of s and an answer of n tokens."""
-        return (
-            prompt_tokens * self.prefill_s_per_token + output_tokens * self.decode_s_per_token
-        )
+        return prompt_tokens * self.prefill_s_per_token + output_tokens * self.decode_s_per_token
 
     def differs_from(self, other: ServiceRates, share: float) -> bool:
         """Return whether either rate is more than `share` away from that of `other`."""
@@ -101,12 +103,12 @@ def fit(steps: Sequence[StepTiming], prior: StepCost) -> StepCost:
     return StepCost(*(_relative_nnls(rows[usual], durations_s[usual]) + kept).tolist())
 
 
-def _relative_nnls(rows: np.ndarray, durations_s: np.ndarray) -> np.ndarray:
+def _relative_nnls(rows: _Array, durations_s: _Array) -> _Array:
     """Minimize |rows @ x / durations - 1| over x >= 0, with columns scaled to be alike."""
     relative = rows / durations_s[:, None]
     scale = np.maximum(np.linalg.norm(relative, axis=0), 1e-12)
-    solution: np.ndarray = nnls(relative / scale, np.ones(len(rows)))[0]
-    return solution / scale
+    solution: _Array = nnls(relative / scale, np.ones(len(rows)))[0] / scale
+    return solution
 
 
 @dataclass(slots=True)
@@ -135,4 +137,7 @@ class CostModel:
         count = len(self._load)
         jobs = sum(s.decode_jobs for s in self._load) / count if count else 1.0
         context = sum(s.context_tokens for s in self._load) / count if count else 0.0
-        return ServiceRates(self.cost.prefill_s_per_token, self.cost.step_s(0, jobs, context))
+        return ServiceRates(
+            max(self.cost.prefill_s_per_token, _LEAST_RATE_S),
+            max(self.cost.step_s(0, jobs, context), _LEAST_RATE_S),
+        )

@@ -1,0 +1,185 @@
+"""All that the sidecar knows of one engine, and one bounded step of work on it.
+
+Knows no gRPC, no clock and no tasks: events go in, updates come out, and the caller decides when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, Protocol
+
+from alise_scheduler.cost_model import CostModel, ServiceRates, StepTiming, moved
+from alise_scheduler.estimates import (
+    Estimate,
+    MeanTokens,
+    Pricing,
+    estimate,
+    is_news,
+    mean_service_s,
+)
+from alise_scheduler.events import Event, FinishReason
+from alise_scheduler.jobs import Ended, Job, JobTable
+from alise_scheduler.lengths import Quantiles, mean, remaining_after
+from alise_scheduler.policy import Policy, PolicyParameters, gamma_for
+from alise_scheduler.predictor import Outcome, PromptInput, TrackedJob
+
+PREDICTIONS_PER_STEP: Final = 64
+"""Small enough that other engines' events wait only some milliseconds for a step."""
+_ESTIMATES_PER_STEP: Final = 256
+_NOTICEABLE_SHARE: Final = 0.1  # smaller changes of gamma or rates are not worth re-pricing
+
+_OUTCOME_OF: Final = {
+    FinishReason.STOP: Outcome.COMPLETE,
+    FinishReason.LENGTH: Outcome.CENSORED,
+    FinishReason.ABORTED: Outcome.CENSORED,
+}
+
+
+class LengthPredictor(Protocol):
+    """What this module asks of a predictor."""
+
+    @property
+    def model_version(self) -> int:
+        """Grows with each new model; 0 before the first."""
+
+    def track(self, prompt: PromptInput) -> TrackedJob:
+        """Begin to follow a job."""
+
+    def predict(self, jobs: Sequence[TrackedJob]) -> Sequence[Quantiles | None]:
+        """Return the quantiles of each job's remaining length, tokens; None without a model."""
+
+    def observe(self, job: TrackedJob, outcome: Outcome) -> None:
+        """Learn from a job that has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySettings:
+    """What the user chose."""
+
+    policy: Policy = Policy.BOOST
+    gamma_per_s: float | None = None
+    """None: from the observed service times."""
+    aging_s: float = 30.0
+    true_tokens_of: Callable[[PromptInput], int | None] = lambda _: None
+    """The oracle of benchmarks and tests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What to tell the engine; never empty."""
+
+    model_version: int
+    estimates: tuple[Estimate, ...]
+    rates: ServiceRates | None
+    """Present when they changed."""
+
+
+@dataclass(slots=True)
+class EngineState:
+    """One engine's jobs, cost model and gamma; survives a reconnect."""
+
+    predictor: LengthPredictor
+    settings: PolicySettings
+    table: JobTable = field(init=False)
+    cost_model: CostModel = field(default_factory=CostModel)
+    pricing: Pricing = field(init=False)
+    """In use for all jobs; follows the cost model and gamma when they moved noticeably."""
+    _finished: MeanTokens = field(default_factory=MeanTokens)
+    _predicted: MeanTokens = field(default_factory=MeanTokens)
+    _model_version: int = 0
+    _rates_are_news: bool = True
+
+    def __post_init__(self) -> None:
+        self.table = JobTable(self.predictor.track, self.settings.true_tokens_of)
+        parameters = PolicyParameters(aging_s=self.settings.aging_s)
+        if self.settings.gamma_per_s is not None:
+            parameters = replace(parameters, gamma_per_s=self.settings.gamma_per_s)
+        self.pricing = Pricing(self.settings.policy, parameters, self.cost_model.rates())
+        self._model_version = self.predictor.model_version
+
+    def connect(self) -> None:
+        """Begin a stream: a snapshot follows, and the engine must be told everything again."""
+        self.table.begin_snapshot()
+        for job in self.table.jobs.values():
+            job.sent = None
+        self.table.mark_unpriced(self.table.jobs.values())
+        self._rates_are_news = True
+
+    def apply(self, event: Event) -> Ended | None:
+        """Take in one event; returns the job that it ended, if any."""
+        if isinstance(event, StepTiming):
+            self.cost_model.observe(event)
+            return None
+        ended = self.table.apply(event)
+        if ended is not None:
+            self._learn(ended)
+        return ended
+
+    def advance(self) -> Update | None:
+        """Do a bounded amount of work; returns what the engine must be told, or None."""
+        if self.table.is_in_snapshot:
+            return None
+        self._follow_pricing()
+        if self.predictor.model_version != self._model_version:
+            self._model_version = self.predictor.model_version
+            self.table.mark_all_due()
+        self._predict(self.table.take_due(PREDICTIONS_PER_STEP))
+        news = self._news(self.table.take_unpriced(_ESTIMATES_PER_STEP))
+        rates = self.pricing.rates if self._rates_are_news else None
+        self._rates_are_news = False
+        if not news and rates is None:
+            return None
+        return Update(self._model_version, news, rates)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `advance` has something to do at once."""
+        return self.table.has_work and not self.table.is_in_snapshot
+
+    def _learn(self, ended: Ended) -> None:
+        outcome, job = _OUTCOME_OF.get(ended.reason), ended.job
+        if outcome is None or not job.output_tokens:
+            return
+        if ended.reason is not FinishReason.ABORTED:
+            self._finished.observe(job.prompt_tokens, job.output_tokens)
+        self.predictor.observe(job.tracked, outcome)
+
+    def _predict(self, due: list[Job]) -> None:
+        unknown = [job for job in due if job.true_tokens is None]
+        if unknown:
+            answers = self.predictor.predict([job.tracked for job in unknown])
+            for job, quantiles in zip(unknown, answers, strict=True):
+                if quantiles is not None:
+                    if job.quantiles is None:
+                        expected_tokens = mean(remaining_after(quantiles, 0))
+                        self._predicted.observe(job.prompt_tokens, expected_tokens)
+                    job.set_prediction(quantiles)
+        self.table.mark_unpriced(due)
+
+    def _news(self, jobs: list[Job]) -> tuple[Estimate, ...]:
+        news = []
+        for job in jobs:
+            new = estimate(job, self.pricing)
+            if new is not None and is_news(new, job.sent, self.pricing.tolerance_s):
+                job.sent = new
+                news.append(new)
+        return tuple(news)
+
+    def _follow_pricing(self) -> None:
+        rates, pricing = self.cost_model.rates(), self.pricing
+        if self.cost_model.is_fitted and rates.differs_from(pricing.rates, _NOTICEABLE_SHARE):
+            pricing = replace(pricing, rates=rates)
+            self._rates_are_news = True
+        gamma = self._gamma_per_s(pricing)
+        if moved(gamma, pricing.parameters.gamma_per_s, _NOTICEABLE_SHARE):
+            pricing = replace(pricing, parameters=replace(pricing.parameters, gamma_per_s=gamma))
+        if pricing is not self.pricing:
+            self.pricing = pricing
+            self.table.mark_unpriced(self.table.jobs.values())
+
+    def _gamma_per_s(self, pricing: Pricing) -> float:
+        if self.settings.gamma_per_s is not None:
+            return self.settings.gamma_per_s
+        service_s = mean_service_s(self._finished, self._predicted, pricing.rates)
+        return pricing.parameters.gamma_per_s if service_s is None else gamma_for(service_s)

@@ -1,0 +1,129 @@
+"""From a job's predicted length to its priority, and which of these are news to the engine.
+
+Pure. Seconds come from the cost model's rates, order from the policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from alise_scheduler.cost_model import ServiceRates
+from alise_scheduler.jobs import Job
+from alise_scheduler.lengths import mean, remaining_after
+from alise_scheduler.policy import JobView, Policy, PolicyParameters, priority
+
+# An update is news when the priority moved by this share of Boost's time scale 1 / gamma ...
+_BOOST_TOLERANCE_SHARE: Final = 0.02
+_TOLERANCE_S: Final = 0.05  # of the other policies
+# ... or the remaining length is this far from what the engine makes of the last one.
+_REMAINING_TOLERANCE_SHARE: Final = 0.25
+_REMAINING_TOLERANCE_TOKENS: Final = 4.0
+
+_MEANS_WEIGHT: Final = 1 / 256
+_FINISHED_ENOUGH: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Pricing:
+    """All that turns lengths into priorities, the same for all jobs of an engine."""
+
+    policy: Policy
+    parameters: PolicyParameters
+    rates: ServiceRates
+
+    @property
+    def tolerance_s(self) -> float:
+        """How far a priority may be off before the engine is told."""
+        if self.policy is Policy.BOOST:
+            return _BOOST_TOLERANCE_SHARE / self.parameters.gamma_per_s
+        return _TOLERANCE_S
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What the engine is told about one job."""
+
+    job_id: str
+    priority: float
+    remaining_tokens: float
+    at_output_tokens: int
+    boost_s: float
+    """Arrival minus priority."""
+
+
+def remaining_tokens(job: Job) -> tuple[float, ...]:
+    """Return equally likely remaining lengths of `job` (tokens); empty without a prediction."""
+    if job.true_tokens is not None:
+        return (max(job.true_tokens - job.output_tokens, 1.0),)
+    if job.quantiles is None:
+        return ()
+    points = remaining_after(job.quantiles, job.output_tokens - job.predicted_at_tokens)
+    if not job.max_tokens:
+        return points
+    bound = max(job.max_tokens - job.output_tokens, 1.0)
+    return tuple(min(p, bound) for p in points)
+
+
+def estimate(job: Job, pricing: Pricing) -> Estimate | None:
+    """Return the estimate of `job`, or None if there is nothing to go by but its arrival."""
+    left_tokens = remaining_tokens(job)
+    if not left_tokens and pricing.policy is not Policy.MLFQ:
+        return None
+    prefill_s = pricing.rates.service_s(job.prompt_tokens, 0)
+    per_token_s = pricing.rates.decode_s_per_token
+    prefill_left_s = 0.0 if job.output_tokens else prefill_s
+    view = JobView(
+        arrival_s=job.arrival_s,
+        remaining_s=tuple(prefill_left_s + tokens * per_token_s for tokens in left_tokens),
+        attained_s=(prefill_s if job.output_tokens else 0.0) + job.output_tokens * per_token_s,
+        prefill_s=prefill_s,
+    )
+    value = priority(pricing.policy, view, pricing.parameters)
+    return Estimate(
+        job_id=job.job_id,
+        priority=value,
+        remaining_tokens=mean(left_tokens) if left_tokens else 0.0,
+        at_output_tokens=job.output_tokens,
+        boost_s=job.arrival_s - value,
+    )
+
+
+def is_news(new: Estimate, sent: Estimate | None, tolerance_s: float) -> bool:
+    """Return whether the engine, knowing `sent`, should be told `new`."""
+    if sent is None:
+        return True
+    if abs(new.priority - sent.priority) > tolerance_s:
+        return True
+    expected = sent.remaining_tokens - (new.at_output_tokens - sent.at_output_tokens)
+    slack = max(_REMAINING_TOLERANCE_TOKENS, _REMAINING_TOLERANCE_SHARE * expected)
+    return abs(new.remaining_tokens - expected) > slack
+
+
+@dataclass(slots=True)
+class MeanTokens:
+    """Running means of prompt and answer lengths: plain at first, then exponentially weighted."""
+
+    count: int = 0
+    prompt_tokens: float = 0.0
+    output_tokens: float = 0.0
+
+    def observe(self, prompt_tokens: float, output_tokens: float) -> None:
+        """Add one job."""
+        self.count += 1
+        weight = max(1 / self.count, _MEANS_WEIGHT)
+        self.prompt_tokens += weight * (prompt_tokens - self.prompt_tokens)
+        self.output_tokens += weight * (output_tokens - self.output_tokens)
+
+
+def mean_service_s(
+    finished: MeanTokens, predicted: MeanTokens, rates: ServiceRates
+) -> float | None:
+    """Return a job's mean service time, seconds; None before any job was seen.
+
+    Of the finished ones, or of the predicted ones until enough have finished. Lengths are averaged and not seconds, so that a change of the cost model applies at once.
+    """
+    source = finished if finished.count >= _FINISHED_ENOUGH or not predicted.count else predicted
+    if not source.count:
+        return None
+    return rates.service_s(source.prompt_tokens, source.output_tokens)

@@ -1,0 +1,70 @@
+"""What an engine tells about its jobs, as plain values: the contract without protobuf.
+
+Pure. Instants are seconds on the engine's monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, TypeAlias
+
+from alise_scheduler.cost_model import StepTiming
+
+if TYPE_CHECKING:
+    from alise_scheduler.predictor import PromptInput
+
+
+class FinishReason(str, Enum):
+    """Why a job ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A job is waiting for its first slot."""
+
+    job_id: str
+    arrival_s: float
+    prompt: PromptInput
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A job's answer has grown to `output_tokens`; the newest ids of it."""
+
+    job_id: str
+    output_tokens: int
+    new_token_ids: Sequence[int]
+    is_running: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """A job has lost its slot."""
+
+    job_id: str
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A job has ended."""
+
+    job_id: str
+    reason: FinishReason
+    output_tokens: int
+    new_token_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotEnd:
+    """All live jobs have been named: any other is gone."""
+
+
+Event: TypeAlias = Arrived | Progress | Preempted | Finished | SnapshotEnd | StepTiming

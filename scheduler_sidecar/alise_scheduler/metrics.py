@@ -1,0 +1,143 @@
+"""The sidecar's Prometheus metrics; docs/metrics.md lists the same ones for readers."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from alise_scheduler.engine_state import EngineState
+
+if TYPE_CHECKING:
+    from alise_scheduler.predictor import Predictor, Quality
+
+_LATENCY_BUCKETS_S: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.5)
+_BOOST_BUCKETS_S: Final = (0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+_JOB_STATES: Final = ("waiting", "running", "preempted")
+
+
+class Metrics:
+    """All metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.predictions = Counter(
+            "alise_predictions",
+            "Predictions by result: quantiles, none (no model yet) or error.",
+            ["result"],
+            registry=registry,
+        )
+        self.prediction_latency_s = Histogram(
+            "alise_prediction_latency_seconds",
+            "Time of one batched call of the predictor.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.tau_b = _gauge(registry, "alise_predictor_tau_b", "Kendall's tau-b, recent jobs.")
+        self.mae_tokens = _gauge(
+            registry,
+            "alise_predictor_mae_tokens",
+            "Mean absolute error of the median, recent jobs.",
+        )
+        self.coverage = Gauge(
+            "alise_predictor_coverage_ratio",
+            "Share of recent jobs no longer than the predicted quantile.",
+            ["quantile"],
+            registry=registry,
+        )
+        self.is_drifting = _gauge(
+            registry, "alise_predictor_drifting", "1 while recent jobs are predicted worse."
+        )
+        self.model_version = _gauge(
+            registry, "alise_model_version", "Version of the model in use; 0 before the first."
+        )
+        self.model_age_s = _gauge(
+            registry, "alise_model_age_seconds", "Time since it was trained; 0 before the first."
+        )
+        self.samples = _gauge(registry, "alise_samples", "Finished jobs stored to learn from.")
+        self.jobs = Gauge("alise_jobs", "Live jobs.", ["state"], registry=registry)
+        self.finished = Counter(
+            "alise_jobs_finished", "Jobs that ended, by reason.", ["reason"], registry=registry
+        )
+        self.preemptions = Counter(
+            "alise_preemptions", "Times that a job lost its slot.", registry=registry
+        )
+        self.boost_s = Histogram(
+            "alise_boost_seconds",
+            "Arrival minus priority of the estimates sent, under the policy boost.",
+            buckets=_BOOST_BUCKETS_S,
+            registry=registry,
+        )
+        self.gamma_per_s = Gauge(
+            "alise_gamma_per_second", "Boost's gamma in use.", ["engine"], registry=registry
+        )
+        self.cost = Gauge(
+            "alise_cost_model_seconds",
+            "Coefficients of the step time, and the rates in use.",
+            ["engine", "coefficient"],
+            registry=registry,
+        )
+        self.sessions = _gauge(registry, "alise_sessions", "Engines with an open stream.")
+        self.events = Counter(
+            "alise_events",
+            "Events by what came of them: applied, duplicate, unknown or refused.",
+            ["result"],
+            registry=registry,
+        )
+        self.rejected = Counter(
+            "alise_rejected_calls",
+            "Calls and streams ended for breaking the contract, by gRPC status.",
+            ["code"],
+            registry=registry,
+        )
+        self.estimates_sent = Counter(
+            "alise_estimates_sent", "Estimates sent to engines.", registry=registry
+        )
+
+    def count_events(self, tally: Tally[str]) -> None:
+        """Add a job table's counts, and start them anew."""
+        self.preemptions.inc(tally.pop("preemptions", 0))
+        for result, count in tally.items():
+            self.events.labels(result).inc(count)
+        tally.clear()
+
+    def show_engines(self, engines: Iterable[tuple[str, EngineState]], sessions: int) -> None:
+        """Set the gauges that describe the engines now."""
+        states: Tally[str] = Tally()
+        self.gamma_per_s.clear()
+        self.cost.clear()
+        for name, engine in engines:
+            states.update(job.state for job in engine.table.jobs.values())
+            pricing, cost = engine.pricing, engine.cost_model.cost
+            self.gamma_per_s.labels(name).set(pricing.parameters.gamma_per_s)
+            for coefficient, value_s in (
+                ("base", cost.base_s),
+                ("prefill_token", cost.prefill_s_per_token),
+                ("decode_job", cost.decode_s_per_job),
+                ("context_token", cost.context_s_per_token),
+                ("rate_prefill_token", pricing.rates.prefill_s_per_token),
+                ("rate_decode_token", pricing.rates.decode_s_per_token),
+            ):
+                self.cost.labels(name, coefficient).set(value_s)
+        for state in _JOB_STATES:
+            self.jobs.labels(state).set(states[state])
+        self.sessions.set(sessions)
+
+    def show_predictor(self, predictor: Predictor, quality: Quality) -> None:
+        """Set the gauges that describe the predictor now."""
+        self.tau_b.set(quality.tau_b)
+        self.mae_tokens.set(quality.mae_tokens)
+        self.coverage.labels("p50").set(quality.p50_coverage)
+        self.coverage.labels("p90").set(quality.p90_coverage)
+        self.is_drifting.set(quality.is_drifting)
+        self.model_version.set(predictor.model_version)
+        trained_s = predictor.model_trained_unix_s
+        self.model_age_s.set(time.time() - trained_s if predictor.model_version else 0)
+        self.samples.set(predictor.sample_count)
+
+
+def _gauge(registry: CollectorRegistry, name: str, documentation: str) -> Gauge:
+    return Gauge(name, documentation, registry=registry)
