@@ -1,0 +1,148 @@
+"""Features of an answer so far: running sums over its tokens, kept for each job in progress.
+
+Pure arithmetic on table rows. Tokens are folded in batches over many jobs, as single folds would
+cost more than the prediction. Does not know lengths or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from alise_scheduler.prompt_features import BAG_BUCKETS, bag_buckets
+from alise_scheduler.token_table import PROPERTY_NAMES, PROPERTY_OF, TokenTable
+
+ANSWER_DIMENSIONS: Final = 128
+OPENING_TOKENS: Final = 16
+LAST_TOKENS: Final = 16
+_PROPERTIES: Final = len(PROPERTY_NAMES)
+_STRUCTURE: Final = 5
+ANSWER_LEXICAL: Final = _STRUCTURE + 3 * _PROPERTIES
+ANSWER_WIDTH: Final = ANSWER_LEXICAL + 2 * ANSWER_DIMENSIONS
+
+_NEWLINE: Final = PROPERTY_OF["newline"]
+_DIGIT: Final = PROPERTY_OF["digit"]
+_BULLET: Final = PROPERTY_OF["bullet"]
+_HEADING: Final = PROPERTY_OF["heading"]
+
+
+@dataclass(slots=True)
+class AnswerState:
+    """Running sums over the tokens of one answer that have been seen."""
+
+    output_tokens: int = 0
+    seen_tokens: int = 0
+    pending: list[int] = field(default_factory=list)
+    tail: list[int] = field(default_factory=list)  # rows of the last tokens
+    counts: npt.NDArray[np.float32] = field(
+        default_factory=lambda: np.zeros(_PROPERTIES, dtype=np.float32)
+    )
+    embedding_sum: npt.NDArray[np.float32] = field(
+        default_factory=lambda: np.zeros(ANSWER_DIMENSIONS, dtype=np.float32)
+    )
+    bag: npt.NDArray[np.bool_] = field(
+        default_factory=lambda: np.zeros(BAG_BUCKETS, dtype=np.bool_)
+    )
+    list_items: int = 0
+    list_number: int = 0
+    line_tokens: int = 0
+
+    def extend(self, new_token_ids: Sequence[int], output_tokens: int) -> None:
+        """Note tokens; the last of `new_token_ids` is number `output_tokens` of the answer."""
+        fresh = output_tokens - self.output_tokens
+        if fresh <= 0:
+            return
+        self.pending.extend(new_token_ids[-fresh:])
+        self.output_tokens = output_tokens
+
+
+def fold(states: Sequence[AnswerState], table: TokenTable) -> None:
+    """Take the pending tokens of all `states` into their sums."""
+    states = [state for state in states if state.pending]
+    if not states:
+        return
+    # Each job's part begins with its last old token: a list item is known by the newline before.
+    parts = [
+        [state.tail[-1] if state.tail else table.vocabulary, *state.pending] for state in states
+    ]
+    sizes = np.array([len(part) for part in parts])
+    starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+    rows = table.rows(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))
+    kinds = table.properties[rows]
+    is_old = np.zeros(len(rows), dtype=np.bool_)
+    is_old[starts] = True
+    new_line = kinds[:, _NEWLINE] > 0
+    item = (kinds[:, _DIGIT] | kinds[:, _BULLET] | kinds[:, _HEADING]) > 0
+    item[1:] &= new_line[:-1]
+    item &= ~is_old
+    number = np.where(item, table.number[rows], 0)
+    position = np.where(new_line & ~is_old, np.arange(len(rows)), -1)
+    fresh = kinds.astype(np.float32)
+    fresh[is_old] = 0.0
+    vectors = table.embedding[rows, :ANSWER_DIMENSIONS].astype(np.float32)
+    vectors[is_old] = 0.0
+    counts = np.add.reduceat(fresh, starts)
+    sums = np.add.reduceat(vectors, starts)
+    items = np.add.reduceat(item.astype(np.int64), starts).tolist()
+    numbers = np.maximum.reduceat(number, starts).tolist()
+    last_newline = np.maximum.reduceat(position, starts).tolist()
+    buckets = bag_buckets(table.word_hash[rows])
+    for index, state in enumerate(states):
+        start, size = int(starts[index]), int(sizes[index])
+        own = slice(start + 1, start + size)
+        state.counts += counts[index]
+        state.embedding_sum += sums[index]
+        state.bag[buckets[:, start + 1 : start + size]] = True
+        state.list_items += items[index]
+        state.list_number = numbers[index] or state.list_number
+        newest = last_newline[index]
+        state.line_tokens = (
+            start + size - 1 - newest if newest >= 0 else state.line_tokens + size - 1
+        )
+        state.tail = [*state.tail, *rows[own].tolist()][-LAST_TOKENS:]
+        state.seen_tokens += size - 1
+        state.pending.clear()
+
+
+def answer_features(
+    states: Sequence[AnswerState], table: TokenTable | None
+) -> npt.NDArray[np.float32]:
+    """Return float32 [len(states), ANSWER_WIDTH]; folds what is pending first."""
+    dense = np.zeros((len(states), ANSWER_WIDTH), dtype=np.float32)
+    dense[:, 0] = np.log1p([state.output_tokens for state in states])
+    if table is None or not states:
+        return dense
+    fold(states, table)
+    dense[:, 1:_STRUCTURE] = np.log1p(
+        [
+            (state.list_items, state.list_number, state.line_tokens, state.seen_tokens)
+            for state in states
+        ]
+    )
+    seen = np.array([[max(state.seen_tokens, 1)] for state in states], dtype=np.float32)
+    counts = np.stack([state.counts for state in states])
+    tails = [state.tail or [table.vocabulary] for state in states]
+    sizes = np.array([len(tail) for tail in tails])
+    starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+    rows = np.concatenate([np.asarray(tail) for tail in tails])
+    last = np.add.reduceat(table.properties[rows].astype(np.float32), starts)
+    vectors = np.add.reduceat(
+        table.embedding[rows, :ANSWER_DIMENSIONS].astype(np.float32), starts
+    ) / sizes[:, None].astype(np.float32)
+    end = _STRUCTURE
+    for block in (np.log1p(counts), counts / seen, last):
+        dense[:, end : end + _PROPERTIES] = block
+        end += _PROPERTIES
+    sums = np.stack([state.embedding_sum for state in states])
+    dense[:, end : end + ANSWER_DIMENSIONS] = sums / seen
+    dense[:, end + ANSWER_DIMENSIONS :] = vectors
+    return dense
+
+
+def answer_bag(state: AnswerState) -> npt.NDArray[np.uint16]:
+    """Return the buckets of the words and word pairs that have been seen."""
+    return np.flatnonzero(state.bag).astype(np.uint16)

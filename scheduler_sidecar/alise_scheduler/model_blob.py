@@ -1,0 +1,89 @@
+"""Models to bytes and back, without pickle: a damaged or foreign file cannot run code."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import xgboost
+
+from alise_scheduler.quantile_model import QuantileModel
+from alise_scheduler.retrieval import Retrieval
+from alise_scheduler.ridge import Ridge
+from alise_scheduler.training import AnswerModel, ArrivalModel, Models
+
+_RIDGE = (
+    "mean",
+    "scale",
+    "landmarks",
+    "landmark_norms",
+    "weights",
+    "bag_idf",
+    "bag_weights",
+)
+_RETRIEVAL = ("mean", "projection", "stored", "target")
+
+
+class ModelBlobError(ValueError):
+    """The bytes are no models of this version."""
+
+
+def models_to_bytes(models: Models) -> bytes:
+    """Return the models as an .npz."""
+    arrays: dict[str, Any] = {}
+    _put_ridge(arrays, "arrival", models.arrival.ridge)
+    _put_quantiles(arrays, "arrival", models.arrival.quantiles)
+    for name in _RETRIEVAL:
+        arrays[f"retrieval.{name}"] = getattr(models.arrival.retrieval, name)
+    if models.answer is not None:
+        _put_ridge(arrays, "answer", models.answer.ridge)
+        _put_quantiles(arrays, "answer", models.answer.quantiles)
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def models_from_bytes(blob: bytes) -> Models:
+    """Return the models of `models_to_bytes`.
+
+    Raises:
+        ModelBlobError: anything that is not as written.
+    """
+    try:
+        with np.load(io.BytesIO(blob), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        retrieval = Retrieval(*(arrays[f"retrieval.{name}"] for name in _RETRIEVAL))
+        arrival = ArrivalModel(_ridge(arrays, "arrival"), retrieval, _quantiles(arrays, "arrival"))
+        answer = None
+        if "answer.blocks" in arrays:
+            answer = AnswerModel(_ridge(arrays, "answer"), _quantiles(arrays, "answer"))
+        return Models(arrival, answer)
+    except Exception as error:
+        raise ModelBlobError(f"unreadable model: {error}") from error
+
+
+def _put_ridge(arrays: dict[str, Any], prefix: str, ridge: Ridge) -> None:
+    arrays[f"{prefix}.blocks"] = np.array(ridge.blocks, dtype=np.int64)
+    arrays[f"{prefix}.intercept"] = np.float64(ridge.intercept)
+    for name in _RIDGE:
+        arrays[f"{prefix}.{name}"] = getattr(ridge, name)
+
+
+def _ridge(arrays: dict[str, Any], prefix: str) -> Ridge:
+    blocks = tuple((int(a), int(b)) for a, b in arrays[f"{prefix}.blocks"])
+    fields = {name: arrays[f"{prefix}.{name}"] for name in _RIDGE}
+    return Ridge(blocks=blocks, intercept=float(arrays[f"{prefix}.intercept"]), **fields)
+
+
+def _put_quantiles(arrays: dict[str, Any], prefix: str, model: QuantileModel) -> None:
+    raw = model.booster.save_raw(raw_format="ubj")
+    arrays[f"{prefix}.booster"] = np.frombuffer(raw, dtype=np.uint8)
+    arrays[f"{prefix}.shifts"] = model.shifts
+
+
+def _quantiles(arrays: dict[str, Any], prefix: str) -> QuantileModel:
+    booster = xgboost.Booster()
+    booster.load_model(bytearray(arrays[f"{prefix}.booster"].tobytes()))
+    booster.set_param({"nthread": 1})
+    return QuantileModel(booster, arrays[f"{prefix}.shifts"])

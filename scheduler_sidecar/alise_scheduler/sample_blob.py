@@ -1,0 +1,59 @@
+"""Samples to bytes and back: features as half-precision numbers, never token ids or text."""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import numpy as np
+
+from alise_scheduler.answer_features import ANSWER_WIDTH
+from alise_scheduler.prompt_features import BAG_BUCKETS, PROMPT_WIDTH, PromptFeatures
+from alise_scheduler.training import Bag, Sample, Snapshot
+
+LAYOUT_VERSION: Final = 1
+"""Raise it when a feature changes its meaning or place."""
+
+_HEADER: Final = struct.Struct("<II")  # output tokens (0: the prompt), buckets in the bag
+
+
+class SampleBlobError(ValueError):
+    """The bytes are no sample of this layout."""
+
+
+def features_to_bytes(sample: Sample) -> bytes:
+    """Return the prompt's and the snapshots' features."""
+    parts = [_part(0, sample.prompt.dense.astype(np.float16).tobytes(), sample.prompt.bag)]
+    parts += [_part(s.output_tokens, s.dense.tobytes(), s.bag) for s in sample.snapshots]
+    return b"".join(parts)
+
+
+def sample_from_bytes(blob: bytes, output_tokens: int, is_censored: bool) -> Sample:
+    """Return the sample of `features_to_bytes`.
+
+    Raises:
+        SampleBlobError: anything that is not as written.
+    """
+    parts = []
+    start, width = 0, PROMPT_WIDTH
+    while start < len(blob) or not parts:
+        if len(blob) < start + _HEADER.size:
+            raise SampleBlobError("cut header")
+        tokens, count = _HEADER.unpack_from(blob, start)
+        start += _HEADER.size
+        end = start + 2 * (width + count)
+        if len(blob) < end:
+            raise SampleBlobError("cut features")
+        dense = np.frombuffer(blob, np.float16, width, start)
+        bag = np.frombuffer(blob, np.uint16, count, start + 2 * width)
+        if not np.isfinite(dense).all() or (count and int(bag.max()) >= BAG_BUCKETS):
+            raise SampleBlobError("values out of range")
+        parts.append((tokens, dense, bag))
+        start, width = end, ANSWER_WIDTH
+    prompt = PromptFeatures(parts[0][1].astype(np.float32), parts[0][2])
+    snapshots = tuple(Snapshot(*part) for part in parts[1:])
+    return Sample(prompt, snapshots, output_tokens, is_censored)
+
+
+def _part(output_tokens: int, dense: bytes, bag: Bag) -> bytes:
+    return _HEADER.pack(output_tokens, len(bag)) + dense + bag.astype(np.uint16).tobytes()

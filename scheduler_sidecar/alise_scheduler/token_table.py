@@ -1,0 +1,160 @@
+"""The token table of the served model: reads the engine's file and looks at each token once.
+
+Whatever features need of a token (its embedding, its kind, a hash of its word) is a row look-up
+here, so that feature extraction never touches text. Does not know prompts or answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+FORMAT_VERSION: Final = 1
+DIMENSIONS: Final = 256
+MAX_VOCABULARY: Final = 2_000_000
+MAX_TEXT_BYTES: Final = 256 << 20
+
+# Patterns over a token's surface text, one column of `TokenTable.properties` each.
+_PATTERNS: Final[dict[str, re.Pattern[bytes]]] = {
+    name: re.compile(pattern)
+    for name, pattern in {
+        "special": rb"^\Z",
+        "space": rb"^\s+\Z",
+        "newline": rb"\n",
+        "paragraph": rb"\n\s*\n",
+        "digit": rb"^\s*\d+\Z",
+        "punctuation": rb"^\s*[^\w\s]+\s*\Z",
+        "bullet": rb"^\s*(?:[-*+]|\xe2\x80\xa2)\Z",
+        "bold": rb"\*\*",
+        "fence": rb"```|~~~",
+        "heading": rb"^\s*#{1,6}\Z",
+        "question": rb"\?",
+        "exclamation": rb"!",
+        "colon": rb":",
+        "comma": rb",",
+        "stop": rb"\.(?!\w)",
+        "quote": rb"[\"']",
+        "bracket": rb"[(){}\[\]<>=;_\\/]",
+        "pipe": rb"\|",
+        "capital": rb"^\s*[A-Z]",
+        "shout": rb"^\s*[A-Z]{2,}\Z",
+        "word": rb"^\s+[A-Za-z]",
+        "long": rb"[a-z]{8,}",
+        "foreign": rb"[\x80-\xff]",
+    }.items()
+}
+PROPERTY_NAMES: Final = (*_PATTERNS, "characters")
+PROPERTY_OF: Final = {name: index for index, name in enumerate(PROPERTY_NAMES)}
+_ROLES: Final = (b"user", b"assistant", b"system", b"model", b"human", b"developer", b"tool")
+
+
+class TokenTableError(ValueError):
+    """The file is no valid token table; the message says what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTable:
+    """Per-token rows. The last row, index `vocabulary`, stands for any id out of range."""
+
+    vocabulary: int
+    embedding: npt.NDArray[np.float16]  # [vocabulary + 1, DIMENSIONS]
+    properties: npt.NDArray[np.uint8]  # [vocabulary + 1, len(PROPERTY_NAMES)]
+    word_hash: npt.NDArray[np.uint32]  # [vocabulary + 1], of the lower-cased word; 0: no word
+    number: npt.NDArray[np.int32]  # [vocabulary + 1], value of a token of digits, else 0
+    weight: npt.NDArray[np.float32]  # [vocabulary + 1], how telling a token is; 0 for special ones
+    begins_role: npt.NDArray[np.bool_]  # [vocabulary + 1], (part of) a chat role's name
+    fingerprint: str
+    """The same for the same model, wherever its table was made."""
+
+    def rows(self, token_ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Return the row of each id; ids out of range share one row."""
+        ids = np.asarray(token_ids, dtype=np.int64)
+        return np.where((ids >= 0) & (ids < self.vocabulary), ids, self.vocabulary)
+
+
+def read_token_table(path: Path) -> TokenTable:
+    """Read and validate the token table at `path`.
+
+    Raises:
+        TokenTableError: missing, unreadable, too large, of another version or inconsistent.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {
+                name: file[name]
+                for name in file.files
+                if file.zip.getinfo(f"{name}.npy").file_size
+                <= MAX_VOCABULARY * DIMENSIONS * 2 + 1024
+            }
+    except Exception as error:
+        raise TokenTableError(f"cannot read token table {path}: {error}") from error
+    try:
+        return _from_arrays(arrays)
+    except KeyError as error:
+        raise TokenTableError(f"token table {path} lacks the array {error}") from error
+    except TokenTableError as error:
+        raise TokenTableError(f"token table {path}: {error}") from error
+
+
+def _from_arrays(arrays: dict[str, npt.NDArray[Any]]) -> TokenTable:
+    version = arrays["format_version"]
+    if version.ndim != 0 or version != FORMAT_VERSION:
+        raise TokenTableError(f"format version {version}, expected {FORMAT_VERSION}")
+    embedding, text = arrays["embedding"], arrays["text_bytes"]
+    offsets, digest = arrays["text_offsets"], arrays["source_sha256"]
+    _check("embedding", embedding, np.float16, 2)
+    _check("text_bytes", text, np.uint8, 1)
+    _check("text_offsets", offsets, np.int64, 1)
+    _check("source_sha256", digest, np.uint8, 1)
+    vocabulary, width = embedding.shape
+    if not 0 < vocabulary <= MAX_VOCABULARY or width != DIMENSIONS:
+        raise TokenTableError(f"embedding of shape {embedding.shape}")
+    if not np.isfinite(embedding).all():
+        raise TokenTableError("embedding holds values that are not finite")
+    if len(text) > MAX_TEXT_BYTES or offsets.shape != (vocabulary + 1,):
+        raise TokenTableError(f"text of {len(text)} bytes with {len(offsets)} offsets")
+    if offsets[0] != 0 or offsets[-1] != len(text) or (np.diff(offsets) < 0).any():
+        raise TokenTableError("text_offsets do not ascend from 0 to the end of text_bytes")
+    if digest.shape != (32,):
+        raise TokenTableError(f"source_sha256 of {len(digest)} bytes")
+    blob, bounds = text.tobytes(), offsets.tolist()
+    texts = [blob[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return _look_at(embedding, texts, digest.tobytes().hex()[:32])
+
+
+def _check(name: str, array: npt.NDArray[Any], dtype: type[np.generic], ndim: int) -> None:
+    if array.dtype != dtype or array.ndim != ndim:
+        raise TokenTableError(f"{name} has type {array.dtype} and {array.ndim} dimensions")
+
+
+def _look_at(embedding: npt.NDArray[np.float16], texts: list[bytes], source: str) -> TokenTable:
+    texts = [*texts, b""]
+    count = len(texts)
+    properties = np.zeros((count, len(PROPERTY_NAMES)), dtype=np.uint8)
+    for column, pattern in enumerate(_PATTERNS.values()):
+        search = pattern.search
+        properties[:, column] = [search(text) is not None for text in texts]
+    properties[:, -1] = [min(len(text), 255) for text in texts]
+    words = [text.strip().lower() for text in texts]
+    numbers = [int(w) if len(w) <= 6 and w.isdigit() else 0 for w in words]
+    # Byte-pair vocabularies are in order of merging, so a token's rank tells how common it is:
+    # a smoothed inverse frequency (Arora et al. 2017) without counting anything.
+    frequency = 1.0 / (np.arange(count) + 100.0)
+    weight = 1e-3 / (1e-3 + frequency / 2)
+    return TokenTable(
+        vocabulary=count - 1,
+        embedding=np.vstack([embedding, np.zeros((1, DIMENSIONS), dtype=np.float16)]),
+        properties=properties,
+        word_hash=np.array([zlib.crc32(w) if w else 0 for w in words], dtype=np.uint32),
+        number=np.array(numbers, dtype=np.int32),
+        weight=np.where(properties[:, 0], 0.0, weight).astype(np.float32),
+        begins_role=np.array([len(t) > 1 and any(r.startswith(t) for r in _ROLES) for t in texts]),
+        fingerprint=hashlib.sha256(f"{FORMAT_VERSION}:{source}".encode()).hexdigest()[:32],
+    )
