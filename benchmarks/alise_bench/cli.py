@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from alise_bench.errors import BenchError
 from alise_bench.settings import BenchSettings, Mode
 from alise_bench.systems import System
+
+if TYPE_CHECKING:
+    from alise_bench.overhead import Overhead
 
 DEFAULT_MODEL_FOLDER: Final = Path(".cache/smollm2")
 _ALL_SYSTEMS: Final = ",".join(system.value for system in System)
@@ -150,6 +156,53 @@ def report(folder: Annotated[Path, typer.Argument(help="The --out of a benchmark
         _fail(error)
 
 
+@app.command()
+def scheduler(
+    waiting: Annotated[
+        str, typer.Option(help="Numbers of waiting jobs, comma-separated.")
+    ] = "10,1000,10000",
+    slots: Annotated[str, typer.Option(help="Numbers of busy slots, comma-separated.")] = "16,256",
+    steps: Annotated[int, typer.Option(min=10, help="Steps measured of each scheduler.")] = 200,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, too.")] = None,
+) -> None:
+    """Measure what `schedule()` costs per step against stock vLLM; no model is needed."""
+    try:
+        counts = _counts("--slots", slots), _counts("--waiting", waiting)
+        from alise_bench.overhead import measure_overheads
+
+        rows = []
+        for row in measure_overheads(*counts, steps):
+            rows.append(row)
+            console.print(f"slots {row.slots}, waiting {row.waiting}: done", style="dim")
+    except BenchError as error:
+        _fail(error)
+    console.print(_overhead_table(rows))
+    if out is not None:
+        out.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+
+
+def _counts(option: str, text: str) -> list[int]:
+    try:
+        return [int(count) for count in text.split(",")]
+    except ValueError as error:
+        raise BenchError(f"{option} {text}: whole numbers with commas are needed") from error
+
+
+def _overhead_table(rows: list[Overhead]) -> Table:
+    table = Table(title="schedule() per step, ms: median (mean)", title_justify="left")
+    for name in ("slots", "waiting", "stock", "alise", "overhead"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.slots),
+            str(row.waiting),
+            f"{row.stock_median_ms:.3f} ({row.stock_mean_ms:.3f})",
+            f"{row.ours_median_ms:.3f} ({row.ours_mean_ms:.3f})",
+            f"{row.median_overhead_ms:+.3f} ({row.mean_overhead_ms:+.3f})",
+        )
+    return table
+
+
 def _report(folder: Path) -> None:
     from alise_bench.report import terminal_tables, write_report
 
@@ -158,7 +211,7 @@ def _report(folder: Path) -> None:
     console.print(f"written: {folder}/report.json, {folder}/report.md and pictures beside them")
 
 
-def _fail(error: BenchError) -> None:
+def _fail(error: BenchError) -> NoReturn:
     Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
     raise typer.Exit(1)
 

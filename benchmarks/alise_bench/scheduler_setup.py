@@ -1,0 +1,115 @@
+"""Real vLLM schedulers without a model, as vLLM's own tests build them.
+
+The model's answer is made up: a token for each job past its prompt, the end for jobs named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+PROMPT_TOKENS: Final = 12
+_BLOCK_SIZE: Final = 16
+_MAX_MODEL_LEN: Final = 4096
+_EOS: Final = 2
+_ANY_TOKEN: Final = 7
+_TINY_LLAMA: Final = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "max_position_embeddings": _MAX_MODEL_LEN,
+    "eos_token_id": _EOS,
+    "torch_dtype": "float32",
+}
+
+
+def build_scheduler(scheduler_class: type[Any], folder: Path, slots: int, policy: str) -> Any:
+    """Return a scheduler with `slots` and KV blocks that never run out."""
+    (folder / "config.json").write_text(json.dumps(_TINY_LLAMA), encoding="utf-8")
+    blocks = slots * _MAX_MODEL_LEN // _BLOCK_SIZE + 1
+    config = VllmConfig(
+        model_config=ModelConfig(
+            model=str(folder),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=_MAX_MODEL_LEN,
+        ),
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=slots,
+            max_num_batched_tokens=8192,
+            max_model_len=_MAX_MODEL_LEN,
+            is_encoder_decoder=False,
+            enable_chunked_prefill=True,
+            policy=policy,
+        ),
+        cache_config=CacheConfig(block_size=_BLOCK_SIZE, enable_prefix_caching=True),
+        device_config=DeviceConfig("cpu"),
+    )
+    config.cache_config.num_gpu_blocks = blocks
+    spec = FullAttentionSpec(
+        block_size=_BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32
+    )
+    init_none_hash(sha256)
+    return scheduler_class(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(
+            num_blocks=blocks,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        ),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=_BLOCK_SIZE,
+        log_stats=True,
+    )
+
+
+def prompt_of(number: int) -> list[int]:
+    """Return the prompt of the `number`-th job: all differ."""
+    return [10 + (number // 900**place) % 900 for place in range(PROMPT_TOKENS)]
+
+
+def build_request(number: int) -> Request:
+    """Return the `number`-th job."""
+    return Request(
+        request_id=f"job-{number}",
+        prompt_token_ids=prompt_of(number),
+        sampling_params=SamplingParams(max_tokens=_MAX_MODEL_LEN - PROMPT_TOKENS),
+        pooling_params=None,
+        block_hasher=get_request_block_hasher(_BLOCK_SIZE, sha256),
+    )
+
+
+def answer(scheduler: Scheduler, output: SchedulerOutput, ending: Collection[str]) -> None:
+    """Give `scheduler` what a model would for `output`; jobs in `ending` end."""
+    ids = list(output.num_scheduled_tokens)
+    sampled = [
+        []
+        if scheduler.requests[job_id].is_prefill_chunk
+        else [_EOS if job_id in ending else _ANY_TOKEN]
+        for job_id in ids
+    ]
+    model_output = ModelRunnerOutput(
+        req_ids=ids,
+        req_id_to_index={job_id: index for index, job_id in enumerate(ids)},
+        sampled_token_ids=sampled,
+    )
+    scheduler.update_from_output(output, model_output)
