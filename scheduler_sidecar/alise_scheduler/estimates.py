@@ -121,7 +121,8 @@ def mean_service_s(
 ) -> float | None:
     """Return a job's mean service time, seconds; None before any job was seen.
 
-    Of the finished ones, or of the predicted ones until enough have finished. Lengths are averaged and not seconds, so that a change of the cost model applies at once.
+    Of the finished ones, or of the predicted ones until enough have finished. Lengths
+    are averaged and not seconds, so that a change of the cost model applies at once.
     """
     source = finished if finished.count >= _FINISHED_ENOUGH or not predicted.count else predicted
     if not source.count:

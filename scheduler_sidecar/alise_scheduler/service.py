@@ -63,7 +63,10 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             await asyncio.sleep(0)
         return response
 
-    async def Session(self, requests: AsyncIterator[pb.EngineMessage], context: Any) -> None:  # noqa: N802
+    # The stubs know only handlers that yield; gRPC takes those that write as well.
+    async def Session(  # type: ignore[override]  # noqa: N802
+        self, requests: AsyncIterator[pb.EngineMessage], context: Any
+    ) -> None:
         """Serve one engine until either side ends the stream."""
         first = await anext(requests, None)
         if first is None:

@@ -106,8 +106,7 @@ def prediction_message(quantiles: Quantiles | None) -> pb.Prediction:
 
 def _check_count(message: pb.EngineMessage) -> None:
     count = sum(
-        len(e.snapshot.jobs) + len(e.snapshot.progress) if e.HasField("snapshot") else 1
-        for e in message.events
+        1 + len(event.snapshot.jobs) + len(event.snapshot.progress) for event in message.events
     )
     if count > protocol.MAX_EVENTS:
         raise InvalidMessageError(

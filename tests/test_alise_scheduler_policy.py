@@ -1,0 +1,136 @@
+"""Properties of the policies: order, bounds and limits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from alise_scheduler.policy import (
+    JobView,
+    Policy,
+    PolicyParameters,
+    boost_s,
+    expected_boost_s,
+    gamma_for,
+    mlfq_level,
+    priority,
+    starvation_bound_s,
+)
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+seconds = st.floats(0.0, 1e5)
+work = st.floats(1e-3, 1e4)
+works = st.lists(work, min_size=1, max_size=20).map(tuple)
+gammas = st.floats(1e-3, 1e2)
+parameters = st.builds(PolicyParameters, gamma_per_s=gammas, aging_s=st.floats(0.1, 1e4))
+jobs = st.builds(
+    JobView,
+    arrival_s=seconds,
+    remaining_s=st.one_of(st.just(()), works),
+    attained_s=seconds,
+    prefill_s=seconds,
+)
+
+
+@given(st.sampled_from(Policy), jobs, parameters)
+def test_every_priority_is_finite_so_that_the_order_is_total(policy, job, tunables) -> None:
+    assert math.isfinite(priority(policy, job, tunables))
+
+
+@given(
+    policy=st.sampled_from([p for p in Policy if p is not Policy.MLFQ]),
+    arrivals=st.lists(seconds, min_size=2, unique=True),
+    tunables=parameters,
+)
+def test_without_estimates_the_order_is_arrival(policy, arrivals, tunables) -> None:
+    by_priority = sorted(arrivals, key=lambda a: priority(policy, JobView(a, ()), tunables))
+    assert by_priority == sorted(arrivals)
+
+
+@given(jobs, parameters)
+def test_fcfs_ignores_estimates(job, tunables) -> None:
+    assert priority(Policy.FCFS, job, tunables) == job.arrival_s
+
+
+@given(own=works, other=works, arrival=seconds, extra_s=st.floats(1e-3, 1e5), tunables=parameters)
+def test_no_job_that_arrives_after_the_bound_overtakes(own, other, arrival, extra_s, tunables):
+    # A distribution's boost is never below that of its largest value, so that bounds it too.
+    bound_s = starvation_bound_s(tunables, max(own))
+    mine = priority(Policy.BOOST, JobView(arrival, own), tunables)
+    late = JobView(arrival + bound_s + extra_s, other)
+    assert priority(Policy.BOOST, late, tunables) > mine
+
+
+@given(work, work, gammas)
+def test_boost_falls_with_work(one, other, gamma) -> None:
+    assume(one < other)
+    assert boost_s(one, gamma) >= boost_s(other, gamma) >= 0
+
+
+@given(works, gammas)
+def test_expected_boost_lies_between_the_extremes(values, gamma) -> None:
+    least = 1e-3
+    expected = expected_boost_s(values, gamma, least)
+    slack = 1e-6 + 1e-6 * boost_s(min(values), gamma)
+    assert boost_s(max(values), gamma) - slack <= expected <= boost_s(min(values), gamma) + slack
+
+
+@given(work, gammas)
+def test_expected_boost_of_a_certain_value_is_its_boost(value, gamma) -> None:
+    expected = boost_s(value, gamma)
+    assert expected_boost_s((value,) * 3, gamma, 1e-3) == pytest.approx(
+        expected, rel=1e-6, abs=1e-9
+    )
+
+
+def test_large_gamma_is_fcfs_and_small_gamma_is_sjf() -> None:
+    early_long, late_short = JobView(0.0, (50.0,)), JobView(1.0, (5.0,))
+
+    def is_short_first(gamma_per_s: float) -> bool:
+        tunables = PolicyParameters(gamma_per_s=gamma_per_s)
+        long, short = (priority(Policy.BOOST, j, tunables) for j in (early_long, late_short))
+        return short < long
+
+    assert is_short_first(1e-3)
+    assert not is_short_first(10.0)
+
+
+def test_gamma_is_half_the_inverse_of_the_mean_service_time() -> None:
+    assert gamma_for(10.0) == pytest.approx(0.05)
+    assert math.isfinite(gamma_for(0.0))
+
+
+@given(arrival=seconds, less=work, more=work, tunables=parameters)
+def test_srtf_prefers_less_work(arrival, less, more, tunables) -> None:
+    assume(less < more)
+    for policy in (Policy.SRTF, Policy.SRTF_AGING, Policy.BOOST):
+        short, long = (priority(policy, JobView(arrival, (w,)), tunables) for w in (less, more))
+        assert short <= long
+
+
+def test_aging_makes_up_for_e_times_the_work_in_its_time() -> None:
+    tunables = PolicyParameters(aging_s=30.0)
+    waited = priority(Policy.SRTF_AGING, JobView(0.0, (10.0 * math.e,)), tunables)
+    fresh = priority(Policy.SRTF_AGING, JobView(30.0, (10.0,)), tunables)
+    assert waited == pytest.approx(fresh)
+
+
+@pytest.mark.parametrize(
+    ("attained_s", "prefill_s", "level"),
+    [(0.0, 0.0, 0), (0.9, 0.0, 0), (1.0, 0.0, 1), (2.9, 0.0, 1), (3.0, 0.0, 2), (1e9, 0.0, 7),
+     (0.0, 1.5, 1), (0.0, 3.0, 2), (0.0, 1e9, 7)],
+)  # fmt: skip
+def test_mlfq_levels(attained_s: float, prefill_s: float, level: int) -> None:
+    job = JobView(5.0, (), attained_s, prefill_s)
+    assert mlfq_level(job, PolicyParameters()) == level
+
+
+@given(jobs, jobs)
+def test_mlfq_sorts_by_level_and_then_by_arrival(one, other) -> None:
+    def key(job: JobView) -> tuple[int, float]:
+        return mlfq_level(job, PolicyParameters()), job.arrival_s
+
+    assume(key(one) < key(other))
+    mine, its = (priority(Policy.MLFQ, job, PolicyParameters()) for job in (one, other))
+    assert mine <= its
