@@ -19,6 +19,8 @@ _RIDGE = (
     "landmarks",
     "landmark_norms",
     "weights",
+    "linear",
+    "targets",
     "bag_idf",
     "bag_weights",
 )

@@ -2,12 +2,13 @@
 
 Holds the current models, swaps in better ones, scores its own predictions. Knows nothing of
 gRPC, seconds or priorities. `track`, `predict` and `observe` are for one thread (the server's);
-training and disk have threads of their own and never block it.
+training has a process of its own and the disk a thread: neither blocks it.
 """
 
 from __future__ import annotations
 
 import logging
+import subprocess
 import threading
 import time
 from collections import deque
@@ -23,9 +24,17 @@ from alise_scheduler.answer_features import AnswerState, answer_bag, answer_feat
 from alise_scheduler.lengths import QUANTILE_LEVELS, Quantiles, remaining_after
 from alise_scheduler.prompt_features import PromptFeatures, PromptInput, prompt_features
 from alise_scheduler.quality import Quality, QualityWindow
+from alise_scheduler.sample_blob import EncodedSample, encode
 from alise_scheduler.store import SampleStore, StoredModel
 from alise_scheduler.token_table import TokenTable, TokenTableError, read_token_table
-from alise_scheduler.trainer import Trained, improve, lower_thread_priority
+from alise_scheduler.train_worker import (
+    TrainRequest,
+    TrainWorkerError,
+    start_worker,
+    train_here,
+    train_in_worker,
+)
+from alise_scheduler.trainer import Trained
 from alise_scheduler.training import Array, Models, Sample, Snapshot, answer_rows
 
 __all__ = [
@@ -121,7 +130,7 @@ class Predictor:
         self._fingerprint = _NO_TABLE
         self._models: Models | None = None
         self._trained = Trained(version=0, trained_unix_s=0.0, samples_seen=0, loss=float("nan"))
-        self._samples: deque[Sample] = deque(maxlen=settings.max_samples)
+        self._samples: deque[EncodedSample] = deque(maxlen=settings.max_samples)
         self._seen = 0
         self._next_training = settings.min_samples
         self._window = QualityWindow(settings.quality_window)
@@ -129,6 +138,7 @@ class Predictor:
         self._wake = threading.Event()
         self._stopping = False
         self._trainer: threading.Thread | None = None
+        self._worker: subprocess.Popen[bytes] | None = None
         self.store = (
             SampleStore(settings.state_dir, settings.max_samples) if settings.state_dir else None
         )
@@ -170,11 +180,13 @@ class Predictor:
             self._trainer.start()
 
     def close(self) -> None:
-        """Write what is pending and stop; a training in progress is left behind."""
+        """Write what is pending and stop; a training in progress is given up."""
         self._stopping = True
         self._wake.set()
+        if self._worker is not None:
+            self._worker.kill()
         if self._trainer is not None:
-            self._trainer.join(timeout=2.0)
+            self._trainer.join(timeout=5.0)
         if self.store:
             self.store.close()
 
@@ -209,7 +221,9 @@ class Predictor:
         if job._table is not self._table or job.output_tokens == 0:
             return
         is_censored = outcome is Outcome.CENSORED
-        sample = Sample(job._features, tuple(job._snapshots), job.output_tokens, is_censored)
+        sample = encode(
+            Sample(job._features, tuple(job._snapshots), job.output_tokens, is_censored)
+        )
         with self._lock:
             self._samples.append(sample)
             self._seen += 1
@@ -230,42 +244,58 @@ class Predictor:
             return self._window.figures(self._trained.loss)
 
     def train_now(self) -> bool:
-        """Train on the samples kept, in this thread; return whether a new model is in use."""
+        """Train on the samples kept, in this process; return whether new models are in use."""
+        request, fingerprint = self._request()
+        return self._replace(train_here(request), request, fingerprint)
+
+    def _request(self) -> tuple[TrainRequest, str]:
         with self._lock:
-            samples, seen, fingerprint = list(self._samples), self._seen, self._fingerprint
-            current, trained = self._models, self._trained
-            drifting = self._window.is_drifting(trained.loss)
-        rng = np.random.default_rng(seen)
-        fitted = improve(samples, seen, current, trained, drifting, time.time(), rng)
+            request = TrainRequest(
+                samples=tuple(self._samples),
+                seen=self._seen,
+                current=self._models,
+                trained=self._trained,
+                is_drifting=self._window.is_drifting(self._trained.loss),
+                now_unix_s=time.time(),
+            )
+            return request, self._fingerprint
+
+    def _replace(
+        self, fitted: tuple[Models, Trained] | None, request: TrainRequest, fingerprint: str
+    ) -> bool:
         with self._lock:
-            growth = max(self._settings.retrain_after, int(seen * self._settings.retrain_growth))
-            self._next_training = seen + growth
+            growth = int(request.seen * self._settings.retrain_growth)
+            self._next_training = request.seen + max(self._settings.retrain_after, growth)
             if fitted is None or fingerprint != self._fingerprint:
                 return False
             self._models, self._trained = fitted
             self._window.forget_drift()
         if self.store:
             self.store.put_model(fingerprint, StoredModel.of(*fitted))
-        _log.info("model %d trained on %d samples", self._trained.version, len(samples))
+        _log.info("model %d trained on %d samples", fitted[1].version, len(request.samples))
         return True
 
     def _train_loop(self) -> None:
-        lower_thread_priority()
         while True:
             self._wake.wait()
             self._wake.clear()
             if self._stopping:
                 return
+            request, fingerprint = self._request()
+            fitted = None
             try:
-                self.train_now()
-            except Exception:
+                self._worker = start_worker()
+                if self._stopping:
+                    self._worker.kill()
+                fitted = train_in_worker(self._worker, request)
+            except (OSError, TrainWorkerError) as error:
                 # The present model goes on; the next schedule tries again.
-                _log.exception("training failed")
-                with self._lock:
-                    self._next_training = self._seen + max(self._settings.retrain_after, 1)
+                if not self._stopping:
+                    _log.warning("no new model: %s", error)
+            self._replace(fitted, request, fingerprint)
 
     def _adopt(self, table: TokenTable | None, fingerprint: str) -> None:
-        samples: list[Sample] = []
+        samples: list[EncodedSample] = []
         fitted: tuple[Models, Trained] | None = None
         if self.store:
             samples, fitted = self.store.load(fingerprint)
@@ -288,8 +318,8 @@ class Predictor:
         if not stale:
             return
         dense = np.stack([job._features.dense for job in stale])
-        logs, stacked = models.arrival.predict(dense, [job._features.bag for job in stale])
-        for job, row, value in zip(stale, logs, stacked.tolist(), strict=True):
+        logs, ranks = models.arrival.predict(dense, [job._features.bag for job in stale])
+        for job, row, value in zip(stale, logs, ranks.tolist(), strict=True):
             job._arrival = (models, row, value)
 
 
@@ -302,8 +332,8 @@ def _remaining(jobs: Sequence[TrackedJob], models: Models) -> list[Quantiles]:
         return []
     answers = answer_features([job._answer for job in jobs], jobs[0]._table)
     prompts = np.stack([job._features.dense for job in jobs])
-    prompt_logs = np.array([job._arrival[2] for job in jobs if job._arrival], dtype=np.float32)
-    rows = answer_rows(answers, prompts, prompt_logs)
+    ranks = np.array([job._arrival[2] for job in jobs if job._arrival], dtype=np.float32)
+    rows = answer_rows(answers, prompts, ranks, models.arrival.ridge.to_target(ranks))
     logs = models.answer.predict(rows, [answer_bag(job._answer) for job in jobs])
     return [tuple(row) for row in np.exp(np.minimum(logs, 16.0)).tolist()]
 

@@ -1,4 +1,4 @@
-"""Features of a prompt: numbers about it, sums of table rows over its tokens, a hashed bag of words.
+"""Features of a prompt: numbers about it, sums over its tokens, a hashed bag of its words.
 
 Pure. Everything is a look-up of token ids in the token table and a sum; without a table only the
 numeric features are set. Does not know lengths or models.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -18,10 +19,9 @@ from alise_scheduler.token_table import DIMENSIONS, PROPERTY_NAMES, PROPERTY_OF,
 
 NUMERIC: Final = 12
 LEXICAL: Final = NUMERIC + 2 * len(PROPERTY_NAMES)
-PROMPT_WIDTH: Final = LEXICAL + 3 * DIMENSIONS
+PROMPT_WIDTH: Final = LEXICAL + 2 * DIMENSIONS
 BAG_BUCKETS: Final = 4096
 """Two to the twelfth: buckets are the upper 12 bits of a hash."""
-LAST_TOKENS: Final = 16
 FIRST_TOKENS: Final = 8
 
 _MAX_BAG: Final = 512
@@ -74,9 +74,7 @@ def prompt_features(prompt: PromptInput, table: TokenTable | None) -> PromptFeat
     vectors = table.embedding[own].astype(np.float32)
     weight = table.weight[own]
     dense[LEXICAL : LEXICAL + DIMENSIONS] = weight @ vectors / max(float(weight.sum()), 1e-6)
-    edge = LEXICAL + DIMENSIONS
-    dense[edge : edge + DIMENSIONS] = vectors[-LAST_TOKENS:].mean(0)
-    dense[edge + DIMENSIONS :] = vectors[:FIRST_TOKENS].mean(0)
+    dense[LEXICAL + DIMENSIONS :] = vectors[:FIRST_TOKENS].mean(0)
     bag = hashed_bag(table.word_hash[own])
     return PromptFeatures(dense, np.union1d(bag, lora) if len(lora) else bag)
 
@@ -112,7 +110,7 @@ def content_spans(
     edges = [-1, *np.flatnonzero(properties[:, _SPECIAL]).tolist(), len(rows)]
     spaces = properties[:, _SPACE]
     spans = []
-    for before, end in zip(edges, edges[1:], strict=False):
+    for before, end in pairwise(edges):
         start = before + 1
         if start < end and table.begins_role[rows[start]]:
             line_end = start + 1
@@ -156,4 +154,5 @@ def bag_buckets(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint16]:
 
 
 def _bucket(hashes: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint16]:
-    return (hashes * np.uint32(2654435761) >> np.uint32(20)).astype(np.uint16)
+    mixed: npt.NDArray[np.uint32] = hashes * np.uint32(2654435761) >> np.uint32(20)
+    return mixed.astype(np.uint16)

@@ -7,7 +7,7 @@ is faster than any index. Pure.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,8 @@ class Retrieval:
 
         `own` gives the stored index of each row (-1: none), so that a row never retrieves itself.
         """
-        similarity = _unit((rows - self.mean) @ self.projection) @ self.stored.T
+        centered: Array = rows - self.mean
+        similarity = _unit(centered @ self.projection) @ self.stored.T
         if own is not None:
             has = np.flatnonzero(own >= 0)
             similarity[has, own[has]] = -2.0
@@ -66,6 +67,7 @@ def fit_retrieval(rows: Array, target: Array) -> tuple[Retrieval, Array]:
     return retrieval, retrieval.features(rows, own)
 
 
-def _unit(vectors: Array) -> Array:
-    result: Array = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
-    return result
+def _unit(vectors: npt.NDArray[np.floating[Any]]) -> Array:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    units: Array = (vectors / np.maximum(norms, 1e-6)).astype(np.float32)
+    return units

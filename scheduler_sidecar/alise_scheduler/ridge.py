@@ -1,15 +1,18 @@
 """Kernel ridge regression over blocks of features and a hashed bag of words.
 
-The kernel is a sum of one Gaussian kernel for each block (over standardized columns) and the
-cosine of the bags (by inverse document frequency). Few landmarks (Nystroem) keep a prediction at
-one small matrix product. Fitting also gives out-of-group predictions in closed form, to be
-features of a second model (stacking). Pure; does not know what the columns mean.
+The kernel adds a Gaussian for each block of (standardized) columns, one over all blocks, a
+linear part for the first block and the cosine of the bags (by inverse document frequency). Few
+landmarks (Nystroem) keep a prediction at one small matrix product. What is regressed is the
+target's rank: a squared error of log-lengths would be ruled by a few very short answers. Fitting
+also gives out-of-group predictions in closed form, to be features of a second model (stacking).
+Pure; does not know what the columns mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -21,14 +24,18 @@ Array = npt.NDArray[np.float32]
 Bag = npt.NDArray[np.uint16]
 
 _MAX_BUCKETS: Final = 1200
-_BAG_WEIGHT: Final = 2.0
-_PENALTIES: Final = (0.3, 1.0, 3.0, 10.0, 30.0)
+_BAG_WEIGHT: Final = 0.5
+_LINEAR_WEIGHT: Final = 0.5
+_BLOCK_WIDTH: Final = 0.25
+_JOINT_WIDTH: Final = 0.5
+_PENALTIES: Final = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_RANKS: Final = np.linspace(0.0, 1.0, 41)
 _JITTER: Final = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Ridge:
-    """A fitted model: log-lengths from rows and bags."""
+    """A fitted model: ranks of the target, about 0 to 1, from rows and bags."""
 
     blocks: tuple[tuple[int, int], ...]
     mean: Array
@@ -36,19 +43,27 @@ class Ridge:
     landmarks: Array  # [m, width], scaled
     landmark_norms: Array  # [blocks, m]
     weights: Array  # [m]
+    linear: Array  # [columns of the first block]
     bag_idf: Array  # [BAG_BUCKETS], 0 for buckets that are not used
     bag_weights: Array  # [BAG_BUCKETS], times idf
+    targets: Array  # [len(_RANKS)], the target at these ranks
     intercept: float
 
     def predict(self, rows: Array, bags: Sequence[Bag]) -> Array:
-        """Return float32 [n]."""
+        """Return ranks, float32 [n]."""
         scaled = (rows - self.mean) * self.scale
         value = _kernel(scaled, self.landmarks, self.landmark_norms, self.blocks) @ self.weights
+        value += scaled[:, slice(*self.blocks[0])] @ self.linear
         words = [
             self.bag_weights[bag].sum() / max(float(np.linalg.norm(self.bag_idf[bag])), 1e-6)
             for bag in bags
         ]
         result: Array = value + np.array(words, dtype=np.float32) + np.float32(self.intercept)
+        return result
+
+    def to_target(self, ranks: Array) -> Array:
+        """Return the target at `ranks`; those beyond 0 and 1 give the extremes."""
+        result: Array = np.interp(ranks, _RANKS, self.targets).astype(np.float32)
         return result
 
 
@@ -59,18 +74,23 @@ def _norms(scaled: Array, blocks: tuple[tuple[int, int], ...]) -> Array:
 def _kernel(
     scaled: Array, landmarks: Array, landmark_norms: Array, blocks: tuple[tuple[int, int], ...]
 ) -> Array:
-    """Return the sum of the blocks' Gaussian kernels, [n, m]."""
-    total = np.zeros((len(scaled), len(landmarks)), dtype=np.float32)
+    """Return the Gaussian kernels of the blocks and of all blocks together, added, [n, m]."""
+    joint = np.zeros((len(scaled), len(landmarks)), dtype=np.float32)
+    total = np.zeros_like(joint)
     for (a, b), norms in zip(blocks, landmark_norms, strict=True):
         own = scaled[:, a:b]
         distance = own @ landmarks[:, a:b].T
         distance *= -2.0
         distance += norms
         distance += np.square(own).sum(1)[:, None]
-        np.negative(distance, out=distance)
         # Far from everything seen a block says nothing; the clip also keeps exp() normal.
-        np.clip(distance, -30.0, 0.0, out=distance)
+        np.clip(distance, 0.0, 100.0, out=distance)
+        joint -= distance
+        distance *= -_BLOCK_WIDTH
         total += np.exp(distance, out=distance)
+    joint *= _JOINT_WIDTH
+    np.maximum(joint, -50.0, out=joint)
+    total += np.exp(joint, out=joint)
     return total
 
 
@@ -83,7 +103,7 @@ def fit_ridge(
     max_landmarks: int,
     rng: np.random.Generator,
 ) -> tuple[Ridge, Array]:
-    """Fit on `rows` [n, width]; return the model and predictions without each row's own group.
+    """Fit on `rows` [n, width]; return the model and ranks predicted without each row's group.
 
     `groups` ascend: rows of one job are next to each other. The penalty is the one with the
     least squared error out of group.
@@ -98,24 +118,36 @@ def fit_ridge(
     half = vectors / np.sqrt(np.maximum(values, _JITTER))
     idf = _inverse_frequency(bags)
     columns = np.flatnonzero(idf)
-    design = np.hstack([cross @ half, _bag_matrix(bags, idf, columns)])
+    first = scaled[:, slice(*blocks[0])] * np.sqrt(_LINEAR_WEIGHT)
+    design = np.hstack([cross @ half, first, _bag_matrix(bags, idf, columns)])
     center = design.mean(0)
-    intercept = float(target.mean())
-    coefficients, held_out = _solve(design - center, target - intercept, groups)
+    ranks = _ranks(target)
+    intercept = float(ranks.mean())
+    coefficients, held_out = _solve(design - center, ranks - intercept, groups)
+    kernel_end, linear_end = len(chosen), len(chosen) + first.shape[1]
     bag_weights = np.zeros(BAG_BUCKETS, dtype=np.float32)
-    bag_weights[columns] = coefficients[len(chosen) :] * idf[columns] * np.sqrt(_BAG_WEIGHT)
+    bag_weights[columns] = coefficients[linear_end:] * idf[columns] * np.sqrt(_BAG_WEIGHT)
     model = Ridge(
         blocks=blocks,
         mean=mean,
         scale=scale,
         landmarks=landmarks,
         landmark_norms=norms,
-        weights=(half @ coefficients[: len(chosen)]).astype(np.float32),
+        weights=(half @ coefficients[:kernel_end]).astype(np.float32),
+        linear=(coefficients[kernel_end:linear_end] * np.sqrt(_LINEAR_WEIGHT)).astype(np.float32),
         bag_idf=idf,
         bag_weights=bag_weights,
+        targets=np.quantile(target, _RANKS).astype(np.float32),
         intercept=intercept - float(center @ coefficients),
     )
     return model, (held_out + intercept).astype(np.float32)
+
+
+def _ranks(target: Array) -> Array:
+    """Return the rank of each target among all, 0 to 1; equal targets share theirs."""
+    ordered = np.sort(target)
+    low, high = np.searchsorted(ordered, target), np.searchsorted(ordered, target, side="right")
+    return ((low + high) / (2 * len(target))).astype(np.float32)
 
 
 def _standardization(rows: Array, blocks: tuple[tuple[int, int], ...]) -> tuple[Array, Array]:
@@ -183,7 +215,7 @@ def _out_of_group(
     residual = target - left @ (shrink * (left.T @ target))
     held_out = np.empty(len(target))
     weighted = left * shrink
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         hat = weighted[a:b] @ left[a:b].T
         held_out[a:b] = np.linalg.solve(np.eye(b - a) * (1 + 1e-9) - hat, residual[a:b])
     return target - held_out

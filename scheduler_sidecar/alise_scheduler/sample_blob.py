@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from alise_scheduler.answer_features import ANSWER_WIDTH
 from alise_scheduler.prompt_features import BAG_BUCKETS, PROMPT_WIDTH, PromptFeatures
-from alise_scheduler.training import Bag, Sample, Snapshot
+from alise_scheduler.ridge import Bag
+from alise_scheduler.training import Sample, Snapshot
 
 LAYOUT_VERSION: Final = 1
 """Raise it when a feature changes its meaning or place."""
@@ -21,20 +24,30 @@ class SampleBlobError(ValueError):
     """The bytes are no sample of this layout."""
 
 
-def features_to_bytes(sample: Sample) -> bytes:
-    """Return the prompt's and the snapshots' features."""
+@dataclass(frozen=True, slots=True)
+class EncodedSample:
+    """A finished job as it is kept in memory, stored and sent."""
+
+    features: bytes
+    output_tokens: int
+    is_censored: bool
+
+
+def encode(sample: Sample) -> EncodedSample:
+    """Return `sample` with its features as bytes."""
     parts = [_part(0, sample.prompt.dense.astype(np.float16).tobytes(), sample.prompt.bag)]
     parts += [_part(s.output_tokens, s.dense.tobytes(), s.bag) for s in sample.snapshots]
-    return b"".join(parts)
+    return EncodedSample(b"".join(parts), sample.output_tokens, sample.is_censored)
 
 
-def sample_from_bytes(blob: bytes, output_tokens: int, is_censored: bool) -> Sample:
-    """Return the sample of `features_to_bytes`.
+def decode(encoded: EncodedSample) -> Sample:
+    """Return the sample of `encode`.
 
     Raises:
         SampleBlobError: anything that is not as written.
     """
-    parts = []
+    blob = encoded.features
+    parts: list[tuple[int, npt.NDArray[np.float16], Bag]] = []
     start, width = 0, PROMPT_WIDTH
     while start < len(blob) or not parts:
         if len(blob) < start + _HEADER.size:
@@ -52,7 +65,7 @@ def sample_from_bytes(blob: bytes, output_tokens: int, is_censored: bool) -> Sam
         start, width = end, ANSWER_WIDTH
     prompt = PromptFeatures(parts[0][1].astype(np.float32), parts[0][2])
     snapshots = tuple(Snapshot(*part) for part in parts[1:])
-    return Sample(prompt, snapshots, output_tokens, is_censored)
+    return Sample(prompt, snapshots, encoded.output_tokens, encoded.is_censored)
 
 
 def _part(output_tokens: int, dense: bytes, bag: Bag) -> bytes:

@@ -18,14 +18,9 @@ from pathlib import Path
 from typing import Final
 
 from alise_scheduler.model_blob import ModelBlobError, models_from_bytes, models_to_bytes
-from alise_scheduler.sample_blob import (
-    LAYOUT_VERSION,
-    SampleBlobError,
-    features_to_bytes,
-    sample_from_bytes,
-)
+from alise_scheduler.sample_blob import LAYOUT_VERSION, EncodedSample, SampleBlobError, decode
 from alise_scheduler.trainer import Trained
-from alise_scheduler.training import Models, Sample
+from alise_scheduler.training import Models
 
 FILE_NAME: Final = "predictor.sqlite3"
 COMMIT_INTERVAL_S: Final = 0.8
@@ -64,7 +59,7 @@ class SampleStore:
         self.path = state_dir / FILE_NAME
         self.write_failures = 0
         self._max_samples = max_samples
-        self._pending: deque[tuple[str, Sample]] = deque(maxlen=_MAX_PENDING)
+        self._pending: deque[tuple[str, EncodedSample]] = deque(maxlen=_MAX_PENDING)
         self._models: dict[str, StoredModel] = {}
         self._unpruned = _PRUNE_EVERY
         self._failing = False
@@ -87,7 +82,7 @@ class SampleStore:
         else:
             self.flush()
 
-    def add(self, fingerprint: str, sample: Sample) -> None:
+    def add(self, fingerprint: str, sample: EncodedSample) -> None:
         """Queue a sample; returns at once."""
         self._pending.append((fingerprint, sample))
         self._wake.set()
@@ -97,7 +92,7 @@ class SampleStore:
         self._models[fingerprint] = model
         self._wake.set()
 
-    def load(self, fingerprint: str) -> tuple[list[Sample], tuple[Models, Trained] | None]:
+    def load(self, fingerprint: str) -> tuple[list[EncodedSample], tuple[Models, Trained] | None]:
         """Return the newest samples, oldest first, and the models; empty when there are none.
 
         A file that is damaged or of another layout is set aside.
@@ -113,7 +108,9 @@ class SampleStore:
                     " WHERE fingerprint = ? ORDER BY id DESC LIMIT ?",
                     (fingerprint, self._max_samples),
                 ).fetchall()
-                samples = [sample_from_bytes(row[0], row[1], bool(row[2])) for row in rows[::-1]]
+                samples = [EncodedSample(row[0], row[1], bool(row[2])) for row in rows[::-1]]
+                for sample in samples:
+                    decode(sample)
                 return samples, self._load_model(connection, fingerprint)
         except sqlite3.OperationalError as error:
             self._failed(error)
@@ -176,7 +173,9 @@ class SampleStore:
             raise
         return connection
 
-    def _write(self, batch: list[tuple[str, Sample]], models: dict[str, StoredModel]) -> None:
+    def _write(
+        self, batch: list[tuple[str, EncodedSample]], models: dict[str, StoredModel]
+    ) -> None:
         if not batch and not models:
             return
         with contextlib.closing(self._connect()) as connection:
@@ -185,7 +184,7 @@ class SampleStore:
                     "INSERT INTO samples (fingerprint, output_tokens, is_censored, features)"
                     " VALUES (?, ?, ?, ?)",
                     [
-                        (fingerprint, s.output_tokens, s.is_censored, features_to_bytes(s))
+                        (fingerprint, s.output_tokens, s.is_censored, s.features)
                         for fingerprint, s in batch
                     ],
                 )

@@ -10,6 +10,7 @@ import hashlib
 import re
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -125,7 +126,7 @@ def _from_arrays(arrays: dict[str, npt.NDArray[Any]]) -> TokenTable:
     if digest.shape != (32,):
         raise TokenTableError(f"source_sha256 of {len(digest)} bytes")
     blob, bounds = text.tobytes(), offsets.tolist()
-    texts = [blob[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    texts = [blob[a:b] for a, b in pairwise(bounds)]
     return _look_at(embedding, texts, digest.tobytes().hex()[:32])
 
 
@@ -145,9 +146,10 @@ def _look_at(embedding: npt.NDArray[np.float16], texts: list[bytes], source: str
     words = [text.strip().lower() for text in texts]
     numbers = [int(w) if len(w) <= 6 and w.isdigit() else 0 for w in words]
     # Byte-pair vocabularies are in order of merging, so a token's rank tells how common it is:
-    # a smoothed inverse frequency (Arora et al. 2017) without counting anything.
+    # a smoothed inverse frequency (Arora et al. 2017) without counting anything. Common words
+    # keep half their weight, as "how" and "list" say much about a length.
     frequency = 1.0 / (np.arange(count) + 100.0)
-    weight = 1e-3 / (1e-3 + frequency / 2)
+    weight = 0.5 + 0.5 * 1e-3 / (1e-3 + frequency / 2)
     return TokenTable(
         vocabulary=count - 1,
         embedding=np.vstack([embedding, np.zeros((1, DIMENSIONS), dtype=np.float16)]),

@@ -1,14 +1,8 @@
-"""When a candidate may replace the current models: only if it is better on recent jobs.
-
-Pure but for `lower_thread_priority`.
-"""
+"""When a candidate may replace the current models: only if it is better on recent jobs. Pure."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -28,7 +22,6 @@ from alise_scheduler.training import (
 _HOLDOUT_SHARE: Final = 0.2
 _MIN_HOLDOUT: Final = 12
 _DRIFT_RECENT: Final = 500
-_LOWEST_PRIORITY: Final = 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +90,3 @@ def _loss_to_beat(
 
 def _log_lengths(samples: Sequence[Sample]) -> Array:
     return np.log([max(s.output_tokens, 1) for s in samples]).astype(np.float32)
-
-
-def lower_thread_priority() -> None:
-    """Give the calling thread the lowest priority, where the system has one for each thread."""
-    if hasattr(os, "setpriority"):
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)

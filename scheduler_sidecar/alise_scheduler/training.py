@@ -26,20 +26,22 @@ Array = npt.NDArray[np.float32]
 
 _MAX_TRAINING_JOBS: Final = 8000
 _MAX_ANSWER_ROWS: Final = 8000
-_LANDMARKS: Final = 512
+_PROMPT_LANDMARKS: Final = 512
+_ANSWER_LANDMARKS: Final = 320
 _MIN_ANSWER_ROWS: Final = 48
 _MAX_IMPUTED_SHARE: Final = 0.5
 _EPSILON: Final = 1e-6
 
 _PROMPT_BLOCKS: Final = (
     (0, LEXICAL),
-    *((LEXICAL + i * DIMENSIONS, LEXICAL + (i + 1) * DIMENSIONS) for i in range(3)),
+    *((LEXICAL + i * DIMENSIONS, LEXICAL + (i + 1) * DIMENSIONS) for i in range(2)),
 )
 _ANSWER_BLOCKS: Final = (
     (0, ANSWER_LEXICAL),
     (ANSWER_LEXICAL, ANSWER_LEXICAL + ANSWER_DIMENSIONS),
     (ANSWER_LEXICAL + ANSWER_DIMENSIONS, ANSWER_WIDTH),
-    (ANSWER_WIDTH, ANSWER_WIDTH + LEXICAL),
+    # The prompt's lexical features and the arrival model's prediction.
+    (ANSWER_WIDTH, ANSWER_WIDTH + LEXICAL + 2),
 )
 
 
@@ -72,10 +74,10 @@ class ArrivalModel:
     quantiles: QuantileModel
 
     def predict(self, dense: Array, bags: Sequence[Bag]) -> tuple[Array, Array]:
-        """Return log-quantiles [n, levels] and the ridge's log-length [n]."""
-        stacked = self.ridge.predict(dense, bags)
-        rows = np.hstack([dense[:, :LEXICAL], stacked[:, None], self.retrieval.features(dense)])
-        return self.quantiles.predict(rows), stacked
+        """Return log-quantiles [n, levels] and the ridge's rank [n]."""
+        ranks = self.ridge.predict(dense, bags)
+        rows = np.hstack([dense[:, :LEXICAL], ranks[:, None], self.retrieval.features(dense)])
+        return self.quantiles.predict(rows), ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +102,15 @@ class Models:
     """None before enough answers were seen in progress."""
 
 
-def answer_rows(answers: Array, prompts: Array, prompt_log: Array) -> Array:
-    """Return the rows of `AnswerModel`: answer, lexical prompt and the prompt's own prediction."""
+def answer_rows(answers: Array, prompts: Array, ranks: Array, logs: Array) -> Array:
+    """Return the rows of `AnswerModel`: answer, lexical prompt, the prompt's own prediction.
+
+    `ranks` [n] and `logs` [n] are the arrival model's rank and the log-length that it means.
+    """
     written = answers[:, :1]
-    left = np.log1p(np.maximum(np.expm1(prompt_log[:, None]) - np.expm1(written), 0.0))
-    return np.hstack([answers, prompts[:, :LEXICAL], prompt_log[:, None], left]).astype(np.float32)
+    left = np.log1p(np.maximum(np.exp(logs[:, None]) - np.expm1(written), 0.0))
+    rows = [answers, prompts[:, :LEXICAL], ranks[:, None], left]
+    return np.hstack(rows).astype(np.float32)
 
 
 def _answer_columns(rows: Array, stacked: Array) -> Array:
@@ -156,18 +162,19 @@ def train(
     dense, bags = stack_prompts(samples), [sample.prompt.bag for sample in samples]
     target = np.log(np.maximum(lengths, 1.0)).astype(np.float32)
     groups = np.arange(len(samples))
-    ridge, stacked = fit_ridge(dense, bags, target, groups, _PROMPT_BLOCKS, _LANDMARKS, rng)
+    ridge, stacked = fit_ridge(dense, bags, target, groups, _PROMPT_BLOCKS, _PROMPT_LANDMARKS, rng)
     retrieval, neighbours = fit_retrieval(dense, target)
     rows = np.hstack([dense[:, :LEXICAL], stacked[:, None], neighbours])
     arrival = ArrivalModel(ridge, retrieval, fit_quantiles(rows, target, groups, rng))
-    return Models(arrival, _train_answers(samples, lengths, dense, stacked, rng))
+    return Models(arrival, _train_answers(samples, lengths, dense, stacked, ridge, rng))
 
 
 def _train_answers(
     samples: Sequence[Sample],
     lengths: npt.NDArray[np.float64],
     dense: Array,
-    stacked: Array,
+    ranks: Array,
+    arrival: Ridge,
     rng: np.random.Generator,
 ) -> AnswerModel | None:
     pairs = [
@@ -180,16 +187,16 @@ def _train_answers(
         return None
     groups = np.array([index for index, _ in pairs])
     answers = np.stack([snapshot.dense for _, snapshot in pairs]).astype(np.float32)
-    rows = answer_rows(answers, dense[groups], stacked[groups])
+    rows = answer_rows(answers, dense[groups], ranks[groups], arrival.to_target(ranks[groups]))
     bags = [snapshot.bag for _, snapshot in pairs]
     written = np.array([snapshot.output_tokens for _, snapshot in pairs])
     target = np.log(np.maximum(lengths[groups] - written, 1.0)).astype(np.float32)
-    blocks = (*_ANSWER_BLOCKS[:3], (ANSWER_WIDTH, rows.shape[1]))
-    ridge, own = fit_ridge(rows, bags, target, groups, blocks, _LANDMARKS, rng)
+    ridge, own = fit_ridge(rows, bags, target, groups, _ANSWER_BLOCKS, _ANSWER_LANDMARKS, rng)
     return AnswerModel(ridge, fit_quantiles(_answer_columns(rows, own), target, groups, rng))
 
 
 def marginal_quantiles(lengths: npt.NDArray[np.float64]) -> Array:
     """Return log-quantiles [levels] of the lengths themselves: what any model must beat."""
     known = np.log(np.maximum(lengths[np.isfinite(lengths)], 1.0))
-    return np.quantile(known, QUANTILE_LEVELS).astype(np.float32)
+    quantiles: Array = np.quantile(known, QUANTILE_LEVELS).astype(np.float32)
+    return quantiles

@@ -1,0 +1,184 @@
+"""How well the predictor does on recorded conversations: split, train, score.
+
+Works on token ids; reading and tokenizing files is `conversations`. Goes through the predictor's
+own interface, so what is measured is what serves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from alise_scheduler.lengths import QUANTILE_LEVELS, Quantiles
+from alise_scheduler.predictor import Outcome, Predictor, PredictorSettings, PromptInput
+from alise_scheduler.quality import tau_b
+
+PROGRESS_TOKENS: Final = (32, 128)
+
+_P50: Final = QUANTILE_LEVELS.index(0.5)
+_P90: Final = QUANTILE_LEVELS.index(0.9)
+_MIN_JOBS: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A prompt and the answer it got."""
+
+    prompt: PromptInput
+    answer_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Figures on prompts not seen in training, averaged over the splits; NaN: too few jobs."""
+
+    train_jobs: int
+    test_jobs: int
+    tau_b: float
+    mae_tokens: float
+    p50_coverage: float
+    p90_coverage: float
+    tau_b_remaining: dict[int, float]
+    """Of the remaining length of jobs still running at so many tokens."""
+    tau_b_remaining_by_prompt: dict[int, float]
+    """The same when only the prompt's prediction is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Time that predictions take on one thread of this machine."""
+
+    single_median_ms: float
+    single_p99_ms: float
+    batched_prompts_per_s: float
+    refresh_256_ms: float
+
+
+def trained_on(
+    conversations: Sequence[Conversation], table: Path | None, state_dir: Path | None = None
+) -> Predictor:
+    """Return a predictor that has observed all of `conversations` and trained once."""
+    size = max(len(conversations), PredictorSettings().max_samples)
+    predictor = Predictor(PredictorSettings(state_dir, max_samples=size))
+    if table is not None:
+        predictor.load_token_table(table)
+    for conversation in conversations:
+        job = predictor.track(conversation.prompt)
+        job.extend(conversation.answer_ids, len(conversation.answer_ids))
+        predictor.observe(job, Outcome.COMPLETE)
+    predictor.train_now()
+    return predictor
+
+
+def evaluate(
+    conversations: Sequence[Conversation],
+    table: Path | None,
+    train_share: float,
+    seeds: int,
+    on_split: Callable[[], Any] = lambda: None,
+) -> Report:
+    """Return the figures over `seeds` random splits.
+
+    Raises:
+        ValueError: too few conversations to train on.
+    """
+    splits = []
+    for seed in range(seeds):
+        order = np.random.default_rng(seed).permutation(len(conversations))
+        cut = int(train_share * len(order))
+        predictor = trained_on([conversations[i] for i in order[:cut]], table)
+        if predictor.model_version == 0:
+            raise ValueError(f"{cut} conversations to train on gave no model")
+        splits.append(_score(predictor, [conversations[i] for i in order[cut:]]))
+        on_split()
+    return Report(
+        train_jobs=int(train_share * len(conversations)),
+        test_jobs=len(conversations) - int(train_share * len(conversations)),
+        tau_b=_mean([s["tau_b"] for s in splits]),
+        mae_tokens=_mean([s["mae_tokens"] for s in splits]),
+        p50_coverage=_mean([s["p50_coverage"] for s in splits]),
+        p90_coverage=_mean([s["p90_coverage"] for s in splits]),
+        tau_b_remaining={n: _mean([s[f"answer_{n}"] for s in splits]) for n in PROGRESS_TOKENS},
+        tau_b_remaining_by_prompt={
+            n: _mean([s[f"prompt_{n}"] for s in splits]) for n in PROGRESS_TOKENS
+        },
+    )
+
+
+def _score(predictor: Predictor, test: Sequence[Conversation]) -> dict[str, float]:
+    jobs = [predictor.track(conversation.prompt) for conversation in test]
+    lengths = np.array([len(conversation.answer_ids) for conversation in test])
+    arrival = _array(predictor.predict(jobs))
+    figures = {
+        "tau_b": tau_b(arrival[:, _P50], lengths),
+        "mae_tokens": float(np.abs(arrival[:, _P50] - lengths).mean()),
+        "p50_coverage": float((lengths <= arrival[:, _P50]).mean()),
+        "p90_coverage": float((lengths <= arrival[:, _P90]).mean()),
+    }
+    for tokens in PROGRESS_TOKENS:
+        running = np.flatnonzero(lengths > tokens)
+        if len(running) < _MIN_JOBS:
+            figures[f"answer_{tokens}"] = figures[f"prompt_{tokens}"] = float("nan")
+            continue
+        for i in running:
+            jobs[i].extend(test[i].answer_ids[jobs[i].output_tokens : tokens], tokens)
+        left = lengths[running] - tokens
+        predicted = _array(predictor.predict([jobs[i] for i in running]))
+        figures[f"answer_{tokens}"] = tau_b(predicted[:, _P50], left)
+        figures[f"prompt_{tokens}"] = tau_b(arrival[running, _P50], left)
+    return figures
+
+
+def measure_latency(predictor: Predictor, conversations: Sequence[Conversation]) -> Latency:
+    """Time single arrivals, a batch of arrivals and a refresh of 256 answers in progress."""
+    some = [conversations[i % len(conversations)] for i in range(1024)]
+    predictor.predict([predictor.track(some[0].prompt)])
+    singles = []
+    for conversation in some:
+        started_s = time.perf_counter()
+        predictor.predict([predictor.track(conversation.prompt)])
+        singles.append(time.perf_counter() - started_s)
+    started_s = time.perf_counter()
+    jobs = [predictor.track(conversation.prompt) for conversation in some]
+    predictor.predict(jobs)
+    batch_s = time.perf_counter() - started_s
+    refreshes = [_refresh_s(predictor, some[:256]) for _ in range(9)]
+    return Latency(
+        single_median_ms=float(np.median(singles)) * 1e3,
+        single_p99_ms=float(np.quantile(singles, 0.99)) * 1e3,
+        batched_prompts_per_s=len(some) / batch_s,
+        refresh_256_ms=float(np.median(refreshes)) * 1e3,
+    )
+
+
+def _refresh_s(predictor: Predictor, conversations: Sequence[Conversation]) -> float:
+    jobs = [predictor.track(conversation.prompt) for conversation in conversations]
+    for job, conversation in zip(jobs, conversations, strict=True):
+        job.extend(conversation.answer_ids[:40], 40)
+    predictor.predict(jobs)
+    for job, conversation in zip(jobs, conversations, strict=True):
+        job.extend(conversation.answer_ids[40:48], 48)
+    started_s = time.perf_counter()
+    predictor.predict(jobs)
+    return time.perf_counter() - started_s
+
+
+def report_to_json(report: Report, latency: Latency | None) -> dict[str, Any]:
+    """Return both as plain values."""
+    result = asdict(report)
+    if latency is not None:
+        result["latency"] = asdict(latency)
+    return result
+
+
+def _array(quantiles: Sequence[Quantiles | None]) -> np.typing.NDArray[np.float64]:
+    return np.array([q for q in quantiles if q is not None])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
