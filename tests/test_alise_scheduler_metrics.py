@@ -9,7 +9,7 @@ from alise_scheduler.metrics import Metrics
 from prometheus_client import Counter, Gauge, Histogram
 
 DOCS = Path(__file__).parent.parent / "docs" / "metrics.md"
-ROW = re.compile(r"^\| `(alise_\w+)` \| (\w+) \| (.*?) \| (.+) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| `(alise_\w+)` \| (\w+) \|(.*?)\| (.+) \|$", re.MULTILINE)
 
 
 def test_docs_list_exactly_the_registry() -> None:

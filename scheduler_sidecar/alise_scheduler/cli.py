@@ -46,27 +46,34 @@ def _default_state_dir() -> Path:
     return Path(base) / "alise"
 
 
-def _address(text: str) -> Address:
+def _checked_address(text: str) -> str:
     try:
-        return parse_address(text)
+        parse_address(text)
     except ValueError as error:
         raise typer.BadParameter(f"{text!r}: {error}") from error
+    return text
 
 
-def _positive(value: float | None) -> float | None:
-    if value is not None and not 1e-6 <= value <= 1e6:
-        raise typer.BadParameter(f"{value} is not in the range 1e-06 to 1e+06.")
-    return value
+def _between(low: float, high: float) -> Callable[[float | None], float | None]:
+    # The library's own range check does not name the value.
+    def check(value: float | None) -> float | None:
+        if value is not None and not low <= value <= high:
+            raise typer.BadParameter(f"{value:g} is out of range: allowed are {low:g} to {high:g}.")
+        return value
 
-
-_File = typer.Option(exists=True, dir_okay=False, readable=True)
+    return check
 
 
 @app.command()
 def scheduler(
     listen: Annotated[
         str,
-        typer.Option(envvar="ALISE_LISTEN", help="unix:PATH or HOST:PORT.", metavar="ADDRESS"),
+        typer.Option(
+            envvar="ALISE_LISTEN",
+            callback=_checked_address,
+            help="unix:PATH or HOST:PORT.",
+            metavar="ADDRESS",
+        ),
     ] = f"unix://{default_address().path}",
     state_dir: Annotated[
         Path | None,
@@ -93,7 +100,7 @@ def scheduler(
         float | None,
         typer.Option(
             envvar="ALISE_GAMMA",
-            callback=_positive,
+            callback=_between(1e-6, 1e6),
             help="Boost's gamma (1/s): smaller favours short jobs, larger is nearer to FCFS. "
             "Default: half the inverse of the observed mean service time.",
         ),
@@ -102,7 +109,7 @@ def scheduler(
         float,
         typer.Option(
             envvar="ALISE_AGING_S",
-            callback=_positive,
+            callback=_between(1e-6, 1e6),
             help="srtf-aging: a wait this long makes up for e times the work.",
         ),
     ] = 30.0,
@@ -110,8 +117,7 @@ def scheduler(
         int,
         typer.Option(
             envvar="ALISE_MAX_SAMPLES",
-            min=100,
-            max=1_000_000,
+            callback=_between(100, 1_000_000),
             help="Finished jobs kept to learn from.",
         ),
     ] = 20_000,
@@ -119,15 +125,16 @@ def scheduler(
         float,
         typer.Option(
             envvar="ALISE_GRACE_S",
-            min=0,
-            max=3600,
+            callback=_between(0, 3600),
             help="How long the jobs of an engine that went away are kept.",
         ),
     ] = 30.0,
     metrics_port: Annotated[
         int,
         typer.Option(
-            envvar="ALISE_METRICS_PORT", min=0, max=65535, help="Prometheus page; 0: none."
+            envvar="ALISE_METRICS_PORT",
+            callback=_between(0, 65535),
+            help="Prometheus page; 0: none.",
         ),
     ] = 9464,
     metrics_address: Annotated[
@@ -175,7 +182,7 @@ def scheduler(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    address = _address(listen)
+    address = parse_address(listen)
     if shared_dir is None and isinstance(address, UnixAddress):
         shared_dir = address.path.parent
     settings = ServerSettings(

@@ -1,0 +1,345 @@
+"""The job table and its estimates: nothing lost, nothing twice, whatever the engine says."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+from alise_scheduler.cost_model import StepTiming
+from alise_scheduler.engine_state import EngineState, PolicySettings
+from alise_scheduler.estimates import remaining_tokens
+from alise_scheduler.events import (
+    Arrived,
+    Finished,
+    FinishReason,
+    Preempted,
+    Progress,
+    SnapshotEnd,
+)
+from alise_scheduler.jobs import JobTable, next_milestone
+from alise_scheduler.policy import Policy
+from alise_scheduler.predictor import Outcome
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from scheduler_fakes import FakePredictor, FakeTracked, prompt_input
+
+IDS = st.sampled_from([f"job-{i}" for i in range(6)])
+COUNTS = st.integers(0, 3000)
+NEW_IDS = st.lists(st.just(7), max_size=50)
+
+
+class AnyEvents(RuleBasedStateMachine):
+    """Arbitrary events against a plain model of who should live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.predictor = FakePredictor()
+        self.state = EngineState(self.predictor, PolicySettings())
+        self.live: dict[str, float] = {}
+        self.ended: dict[str, float] = {}
+        self.named: set[str] | None = None
+
+    @rule(job_id=IDS, arrival_s=st.sampled_from([1.0, 2.0, 3.0]), tokens=st.integers(1, 5000))
+    def arrive(self, job_id: str, arrival_s: float, tokens: int) -> None:
+        self.state.apply(Arrived(job_id, arrival_s, prompt_input(tokens)))
+        if self.named is not None:
+            self.named.add(job_id)
+        if self.named is not None or self.ended.get(job_id) != arrival_s:
+            self.live.setdefault(job_id, arrival_s)
+
+    @rule(job_id=IDS, count=COUNTS, ids=NEW_IDS, is_running=st.booleans())
+    def progress(self, job_id: str, count: int, ids: list[int], is_running: bool) -> None:
+        self.state.apply(Progress(job_id, count, ids, is_running))
+
+    @rule(job_id=IDS, count=COUNTS)
+    def preempt(self, job_id: str, count: int) -> None:
+        self.state.apply(Preempted(job_id, count))
+
+    @rule(job_id=IDS, reason=st.sampled_from(FinishReason), count=COUNTS, ids=NEW_IDS)
+    def finish(self, job_id: str, reason: FinishReason, count: int, ids: list[int]) -> None:
+        ended = self.state.apply(Finished(job_id, reason, count, ids))
+        assert (ended is not None) == (job_id in self.live)
+        if job_id in self.live:
+            self.ended[job_id] = self.live.pop(job_id)
+
+    @rule()
+    def reconnect(self) -> None:
+        self.state.connect()
+        self.named = set()
+
+    @rule()
+    def end_snapshot(self) -> None:
+        self.state.apply(SnapshotEnd())
+        if self.named is not None:
+            self.live = {k: v for k, v in self.live.items() if k in self.named}
+        self.named = None
+
+    @rule(duration_s=st.floats(0.001, 10))
+    def step(self, duration_s: float) -> None:
+        self.state.apply(StepTiming(0, 4, 400, duration_s))
+
+    @rule()
+    def new_model(self) -> None:
+        self.predictor.model_version += 1
+
+    @rule()
+    def advance(self) -> None:
+        update = self.state.advance()
+        if update is not None:
+            assert update.estimates or update.rates
+            ids = [e.job_id for e in update.estimates]
+            assert len(ids) == len(set(ids))
+            assert set(ids) <= self.live.keys()
+            assert all(math.isfinite(e.priority) for e in update.estimates)
+            assert all(0 < e.remaining_tokens < math.inf for e in update.estimates)
+
+    @invariant()
+    def nobody_is_lost_or_there_twice(self) -> None:
+        jobs = self.state.table.jobs
+        assert {job_id: job.arrival_s for job_id, job in jobs.items()} == self.live
+
+    @invariant()
+    def the_predictor_follows(self) -> None:
+        for job in self.state.table.jobs.values():
+            assert job.tracked.output_tokens == job.output_tokens
+
+    def teardown(self) -> None:
+        self.state.apply(SnapshotEnd())
+        for _ in range(50):
+            if self.state.advance() is None and not self.state.has_work:
+                break
+        assert not self.state.has_work
+        # Each live job has its estimate in the end.
+        assert all(job.sent is not None for job in self.state.table.jobs.values())
+
+
+TestAnyEvents = AnyEvents.TestCase
+TestAnyEvents.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def state_of(policy: Policy = Policy.BOOST, gamma: float | None = None, **options):
+    predictor = FakePredictor()
+    return EngineState(predictor, PolicySettings(policy, gamma, **options)), predictor
+
+
+def settle(state: EngineState):
+    """Advance until nothing is left; returns the last estimate of each job told."""
+    told = {}
+    while (update := state.advance()) is not None or state.has_work:
+        if update is not None:
+            told.update((e.job_id, e) for e in update.estimates)
+    return told
+
+
+def test_milestones() -> None:
+    reached, length = [], 0
+    while length < 3000:
+        length = next_milestone(length)
+        reached.append(length)
+    assert reached == [
+        8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 2560, 3072,
+    ]  # fmt: skip
+
+
+def test_a_job_is_predicted_at_arrival_and_at_each_milestone() -> None:
+    state, predictor = state_of()
+    state.apply(Arrived("a", 0.0, prompt_input(5000)))
+    settle(state)
+    assert len(predictor.batches) == 1
+    for tokens in range(1, 130):
+        state.apply(Progress("a", tokens, [7], is_running=True))
+        settle(state)
+    assert len(predictor.batches) == 1 + len((8, 16, 32, 64, 96, 128))
+
+
+def test_an_outlived_estimate_is_made_anew_before_the_milestone() -> None:
+    state, predictor = state_of()
+    state.apply(Arrived("a", 0.0, prompt_input(70)))
+    state.apply(Progress("a", 65, [7] * 65, is_running=True))
+    settle(state)  # 5 more tokens are expected, at most 10
+    state.apply(Progress("a", 76, [7] * 11, is_running=True))
+    settle(state)
+    assert len(predictor.batches) == 2
+
+
+def test_what_remains_shrinks_between_predictions() -> None:
+    state, _ = state_of()
+    state.apply(Arrived("a", 0.0, prompt_input(1000)))
+    settle(state)
+    job = state.table.jobs["a"]
+    before = remaining_tokens(job)
+    state.apply(Progress("a", 7, [7] * 7, is_running=True))
+    assert remaining_tokens(job) == pytest.approx([p - 7 for p in before])
+
+
+def test_max_tokens_bounds_what_remains() -> None:
+    state, _ = state_of()
+    state.apply(Arrived("a", 0.0, prompt_input(1000, max_tokens=100)))
+    settle(state)
+    assert max(remaining_tokens(state.table.jobs["a"])) == 100
+
+
+def test_only_news_goes_out() -> None:
+    state, _ = state_of(gamma=0.05)
+    state.apply(Arrived("a", 0.0, prompt_input(1000)))
+    assert settle(state).keys() == {"a"}
+    state.apply(Progress("a", 1, [7], is_running=True))
+    assert settle(state) == {}
+    state.apply(Progress("a", 600, [7] * 599, is_running=True))
+    assert settle(state).keys() == {"a"}
+
+
+def test_waiting_jobs_cost_nothing() -> None:
+    state, predictor = state_of(gamma=0.05)
+    for index in range(100):
+        state.apply(Arrived(f"{index}", 0.0, prompt_input()))
+    settle(state)
+    predictor.batches.clear()
+    assert not state.has_work
+    assert state.advance() is None
+    assert predictor.batches == []
+
+
+def test_a_burst_is_predicted_in_bounded_batches_arrivals_before_the_rest() -> None:
+    state, predictor = state_of()
+    for index in range(300):
+        state.apply(Arrived(f"{index}", 0.0, prompt_input()))
+    settle(state)
+    assert max(predictor.batches) <= 64
+    predictor.model_version += 1
+    state.advance()
+    state.apply(Arrived("new", 1.0, prompt_input()))
+    update = state.advance()
+    assert "new" in {e.job_id for e in update.estimates}
+    assert len(settle(state)) <= 300
+
+
+def test_new_rates_reach_the_engine_and_all_jobs() -> None:
+    state, _ = state_of(gamma=0.05)
+    for index in range(10):
+        state.apply(Arrived(f"{index}", 0.0, prompt_input()))
+    settle(state)
+    for _ in range(32):
+        state.apply(StepTiming(0, 4, 400, 0.5))
+    update = state.advance()
+    assert update.rates.decode_s_per_token == pytest.approx(0.5)
+    assert len(update.estimates) == 10
+    state.apply(StepTiming(0, 4, 400, 0.51))
+    assert state.advance() is None
+
+
+def test_gamma_follows_the_finished_jobs() -> None:
+    state, _ = state_of()
+    for index in range(40):
+        state.apply(Arrived(f"{index}", 0.0, prompt_input(10, prompt_tokens=1)))
+        settle(state)
+        state.apply(Finished(f"{index}", FinishReason.STOP, 1000, []))
+    settle(state)
+    service_s = state.pricing.rates.service_s(1, 1000)
+    assert state.pricing.parameters.gamma_per_s == pytest.approx(0.5 / service_s, rel=0.1)
+
+
+def test_gamma_uses_the_predictions_until_enough_have_finished() -> None:
+    state, _ = state_of()
+    for index in range(5):
+        state.apply(Arrived(f"{index}", 0.0, prompt_input(2000, prompt_tokens=1)))
+    settle(state)
+    service_s = state.pricing.rates.service_s(1, 2000)
+    assert state.pricing.parameters.gamma_per_s == pytest.approx(0.5 / service_s, rel=0.3)
+
+
+def test_a_fixed_gamma_stays() -> None:
+    state, _ = state_of(gamma=0.123)
+    for index in range(40):
+        state.apply(Arrived(f"{index}", 0.0, prompt_input()))
+        settle(state)
+        state.apply(Finished(f"{index}", FinishReason.STOP, 1000, []))
+    settle(state)
+    assert state.pricing.parameters.gamma_per_s == 0.123
+
+
+@pytest.mark.parametrize(
+    ("reason", "outcome"),
+    [
+        (FinishReason.STOP, Outcome.COMPLETE),
+        (FinishReason.LENGTH, Outcome.CENSORED),
+        (FinishReason.ABORTED, Outcome.CENSORED),
+        (FinishReason.ERROR, None),
+    ],
+)
+def test_what_the_predictor_learns(reason: FinishReason, outcome: Outcome | None) -> None:
+    state, predictor = state_of()
+    state.apply(Arrived("a", 0.0, prompt_input()))
+    state.apply(Finished("a", reason, 30, [7] * 30))
+    assert [o for _, o in predictor.observed] == ([outcome] if outcome else [])
+
+
+def test_an_abort_in_the_queue_teaches_nothing() -> None:
+    state, predictor = state_of()
+    state.apply(Arrived("a", 0.0, prompt_input()))
+    state.apply(Finished("a", FinishReason.ABORTED, 0, []))
+    assert predictor.observed == []
+
+
+def test_the_oracle_is_exact_and_asks_nobody() -> None:
+    state, predictor = state_of(true_tokens_of=lambda prompt: int(prompt.token_ids[0]))
+    state.apply(Arrived("a", 0.0, prompt_input(77)))
+    assert settle(state)["a"].remaining_tokens == 77
+    state.apply(Progress("a", 70, [7] * 70, is_running=True))
+    assert settle(state)["a"].remaining_tokens == 7
+    assert predictor.batches == []
+
+
+def test_mlfq_needs_no_predictions() -> None:
+    state, predictor = state_of(Policy.MLFQ)
+    predictor.model_version = 0
+    state.apply(Arrived("a", 0.0, prompt_input()))
+    first = settle(state)["a"].priority
+    state.apply(Progress("a", 2000, [], is_running=True))
+    assert settle(state)["a"].priority > first
+
+
+def test_states_and_counts() -> None:
+    table = JobTable(FakeTracked)
+    events = [
+        Arrived("a", 0.0, prompt_input()),
+        Arrived("a", 0.0, prompt_input()),
+        Progress("nobody", 3, [], is_running=True),
+        Progress("a", 0, [], is_running=True),
+        Progress("a", 5, [7] * 5, is_running=True),
+        Progress("a", 5, [7] * 5, is_running=True),
+        Progress("a", 4, [7], is_running=True),
+        Progress("a", 7, [7] * 5, is_running=True),  # three of the five are known
+    ]
+    for event in events:
+        table.apply(event)
+    job = table.jobs["a"]
+    assert (job.state, len(job.tracked.token_ids)) == ("running", 7)
+    table.apply(Preempted("a", 7))
+    table.apply(Preempted("a", 7))
+    assert job.state == "preempted"
+    table.apply(Finished("a", FinishReason.STOP, 7, []))
+    table.apply(Finished("a", FinishReason.STOP, 7, []))
+    assert table.tally == Counter(applied=6, duplicate=5, unknown=1, preemptions=1)
+
+
+def test_jobs_above_the_limit_are_refused() -> None:
+    table = JobTable(FakeTracked, max_jobs=2)
+    for job_id in "abc":
+        table.apply(Arrived(job_id, 0.0, prompt_input()))
+    assert table.jobs.keys() == {"a", "b"}
+    assert table.tally["refused"] == 1
+
+
+@given(st.lists(st.tuples(COUNTS, NEW_IDS), max_size=20))
+def test_token_ids_are_taken_once(reports: list[tuple[int, list[int]]]) -> None:
+    table = JobTable(FakeTracked)
+    table.apply(Arrived("a", 0.0, prompt_input()))
+    for count, ids in reports:
+        for _ in range(2):
+            table.apply(Progress("a", count, ids, is_running=True))
+    job = table.jobs["a"]
+    assert job.output_tokens == max([count for count, _ in reports], default=0)
+    assert len(job.tracked.token_ids) <= job.output_tokens
