@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from alise_bench.errors import BenchError
 from alise_bench.settings import BenchSettings, Mode
@@ -22,9 +24,22 @@ if TYPE_CHECKING:
 DEFAULT_MODEL_FOLDER: Final = Path(".cache/smollm2")
 _ALL_SYSTEMS: Final = ",".join(system.value for system in System)
 
+
+class _RunByDefault(TyperGroup):
+    """`alise bench [OPTIONS]` is `alise bench run [OPTIONS]`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in (*self.commands, "--help"):
+            args = ["run", *args]
+        rest: list[str] = super().parse_args(ctx, args)
+        return rest
+
+
 app = typer.Typer(
-    help="Compare ALISE with stock vLLM: same machine, same requests, same arrivals.",
-    no_args_is_help=True,
+    cls=_RunByDefault,
+    help="Compare ALISE with stock vLLM: same machine, same requests, same arrivals. "
+    "Without a command: `run`.",
+    add_completion=False,
 )
 console = Console()
 
@@ -130,6 +145,8 @@ def run(
         from alise_bench.bench import run_benchmark
         from alise_bench.progress import Progress
 
+        # As Ctrl-C: servers must not outlive the benchmark.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         run_benchmark(settings, Progress(console))
         _report(out)
     except BenchError as error:
@@ -212,7 +229,9 @@ def _report(folder: Path) -> None:
 
 
 def _fail(error: BenchError) -> NoReturn:
-    Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+    Console(stderr=True).print(
+        f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+    )
     raise typer.Exit(1)
 
 

@@ -27,6 +27,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from alise_bench.errors import BenchError
 from alise_bench.keys import key_of
 from alise_bench.scheduler_setup import answer, build_request, build_scheduler, prompt_of
+from alise_bench.systems import python_path
 
 _PAUSE_S: Final = 0.01
 _ROUNDS: Final = 5
@@ -132,7 +133,7 @@ def _sidecar(folder: Path, jobs: int) -> Iterator[str]:
     command = [sys.executable, "-m", "alise_scheduler", "scheduler", "--listen", address]
     command += ["--state-dir", f"{folder}/state", "--oracle-file", f"{folder}/oracle.json"]
     command += ["--metrics-port", "0", "--log-level", "error"]
-    environment = {**os.environ, "PYTHONPATH": ":".join(p for p in sys.path if p)}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     process = subprocess.Popen(command, env=environment)
     try:
         yield address

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from alise_bench.metrics import RequestRow, jct_s
 from alise_bench.store import Run
@@ -87,6 +88,9 @@ def jct_distribution(runs: Sequence[Run]) -> Figure:
             share = np.arange(1, len(times) + 1) / len(times)
             axes.step(times, share, line, where="post", color=colour, label=system.value)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("job completion time (JCT), s")
     axes.set_ylabel("share of requests done")
     axes.set_ylim(0, 1)
@@ -111,6 +115,7 @@ def timeline(runs: Sequence[Run]) -> Figure:
         axes.set_title(system.value)
         axes.set_xlabel("time, s")
     all_axes[0].set_ylabel("jobs, by arrival")
+    all_axes[0].yaxis.get_major_locator().set_params(integer=True)
     all_axes[0].invert_yaxis()
     figure.legend(
         handles=_legend_handles(), loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,15 +83,22 @@ def command(
     return line
 
 
+def python_path() -> str:
+    """Return the PYTHONPATH with which a child imports what this process can.
+
+    Empty where the packages are installed; else where their sources are.
+    """
+    installed = (sys.prefix, sys.base_prefix)
+    return os.pathsep.join(p for p in sys.path if p and not p.startswith(installed))
+
+
 def environment(settings: ServerSettings, inherited: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a server."""
-    # vLLM's processes import alise_bench.replay: what this process can import, they must.
-    paths = [p for p in sys.path if p]
     ours = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
-        "PYTHONPATH": ":".join(paths),
+        "PYTHONPATH": python_path(),
     }
     if settings.replay_file is not None:
         ours[REPLAY_FILE_VARIABLE] = str(settings.replay_file)
