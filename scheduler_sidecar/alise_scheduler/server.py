@@ -34,7 +34,7 @@ _GAUGES_PERIOD_S: Final = 1.0
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", protocol.MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", protocol.MAX_MESSAGE_BYTES),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", protocol.MIN_PING_INTERVAL_MS),
+    ("grpc.http2.min_ping_interval_without_data_ms", protocol.MIN_PING_INTERVAL_MS),
     ("grpc.keepalive_permit_without_calls", 1),
     # Or a second sidecar would share the port and take half of the streams.
     ("grpc.so_reuseport", 0),
