@@ -3,8 +3,10 @@ SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-# vLLM's CPU build takes Python 3.11 to 3.13; with only 3.10 about, uv brings a newer one.
-PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3.13 python3,$(shell command -v $(p))))
+# vLLM's CPU build takes Python 3.11 to 3.13; where there is none (3.10 alone), uv brings one.
+SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
+  $$p -c '$(SUITABLE)' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.alise-installed
@@ -23,10 +25,10 @@ install: $(STAMP) ## Make the environment: vLLM's CPU build, ALISE, the default 
 
 $(STAMP): pyproject.toml
 	@echo "Installing into $(VENV): about 4 GB and, the first time, a few minutes"
-	if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	if [ -n "$(PYTHON)" ]; then \
 	  $(PYTHON) -m venv $(VENV); \
 	else \
-	  $(PYTHON) -m venv $(VENV)-uv && $(VENV)-uv/bin/pip install --quiet uv && \
+	  python3 -m venv $(VENV)-uv && $(VENV)-uv/bin/pip install --quiet uv && \
 	  $(VENV)-uv/bin/uv venv --seed --python 3.12 $(VENV); \
 	fi
 	@# Where pip's own configuration has the CPU wheel of torch, pip installs; elsewhere uv knows

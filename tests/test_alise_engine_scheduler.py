@@ -138,9 +138,7 @@ def test_waiting_jobs_follow_their_newest_estimates(make: Any) -> None:
     driver.step()
     client.estimates = [estimate(job, p) for job, p in zip(others, (30.0, 10.0, 20.0))]
     driver.step()
-    assert [r.request_id for r in scheduler.waiting] == [
-        others[i].request_id for i in (1, 2, 0)
-    ]
+    assert [r.request_id for r in scheduler.waiting] == [others[i].request_id for i in (1, 2, 0)]
     client.estimates = [estimate(others[0], 5.0)]
     driver.step()
     assert scheduler.waiting.peek_request() is others[0]

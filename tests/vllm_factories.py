@@ -105,7 +105,9 @@ def create_request(
     return Request(
         request_id=changes.pop("request_id", f"job-{number}"),
         prompt_token_ids=[3 + (number + i) % 900 for i in range(prompt_tokens)],
-        sampling_params=SamplingParams(max_tokens=max_tokens, stop_token_ids=[EOS_TOKEN_ID], **changes),
+        sampling_params=SamplingParams(
+            max_tokens=max_tokens, stop_token_ids=[EOS_TOKEN_ID], **changes
+        ),
         pooling_params=None,
         priority=priority,
         block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),

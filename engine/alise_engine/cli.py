@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from alise_scheduler.policy import Policy
@@ -27,7 +27,7 @@ _DEFAULT_MODEL_OPTIONS = {
 }
 _RESERVED = ("--scheduler-cls",)
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 def cache_dir() -> Path:
@@ -47,7 +47,7 @@ def default_state_dir() -> Path:
 )
 def serve(
     arguments: Annotated[
-        Optional[list[str]],  # noqa: UP045 # typer needs it on Python 3.10
+        list[str] | None,
         typer.Argument(
             metavar="[MODEL] [VLLM OPTIONS]...",
             help="The model as for `vllm serve` (default: the embedded SmolLM2-135M-Instruct), "
@@ -55,7 +55,7 @@ def serve(
         ),
     ] = None,
     scheduler: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             "--alise-scheduler",
             envvar="ALISE_SCHEDULER",
@@ -69,7 +69,7 @@ def serve(
         typer.Option("--alise-policy", envvar="ALISE_POLICY", help="How estimates order jobs."),
     ] = Policy.BOOST,
     gamma: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(
             "--alise-gamma",
             envvar="ALISE_GAMMA",
@@ -78,7 +78,7 @@ def serve(
         ),
     ] = None,
     state_dir: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             "--alise-state-dir",
             envvar="ALISE_STATE_DIR",
@@ -87,7 +87,7 @@ def serve(
         ),
     ] = None,
     shared_dir: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             "--alise-shared-dir",
             envvar="ALISE_SHARED_DIR",
@@ -114,7 +114,7 @@ def serve(
         ),
     ] = True,
     margin_s: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(
             "--alise-preemption-margin-s",
             envvar="ALISE_PREEMPTION_MARGIN_S",
@@ -132,7 +132,7 @@ def serve(
         ),
     ] = 30,
     oracle_file: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             "--alise-oracle-file",
             exists=True,
@@ -143,6 +143,7 @@ def serve(
 ) -> None:
     """Serve a model with vLLM and the speculative scheduler."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     vllm_arguments, model_name = _with_model(list(arguments or []))
     for name in _RESERVED:
         if has_option(vllm_arguments, name):

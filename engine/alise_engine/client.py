@@ -31,7 +31,7 @@ logger = logging.getLogger("vllm.alise.client")
 MAX_QUEUED_EVENTS = 50_000
 """More than this unsent means that the sidecar hangs: start over with a snapshot."""
 _EVENTS_PER_MESSAGE = 500
-_KEEPALIVE_MS = 1_000
+_KEEPALIVE_MS = 10_000
 _FIRST_RETRY_S = 0.1
 _LAST_RETRY_S = 5.0
 _CONNECT_TIMEOUT_S = 2.0
@@ -41,7 +41,7 @@ _MAX_RECEIVED = 200_000
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", protocol.MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", protocol.MAX_MESSAGE_BYTES),
-    # A sidecar that hangs with its socket open is noticed by unanswered pings.
+    # A peer that is gone without a word (a cut cable) is noticed by unanswered pings.
     ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -92,6 +92,7 @@ class SidecarClient:
         self._stopping = threading.Event()
         self._call: grpc.Call | None = None
         self._down_since_s: float | None = time.monotonic()
+        self._heard_s = time.monotonic()
         self._logged_reason: str | None = None
         self.costs = DEFAULT_COSTS
         self._thread = threading.Thread(target=self._run, name="alise-stream", daemon=True)
@@ -107,9 +108,12 @@ class SidecarClient:
         self._thread.join(timeout=2.0)
 
     def down_for_s(self, now_s: float) -> float:
-        """Return for how long there has been no stream; 0 while there is one."""
+        """Return for how long there has been no stream, or none that says anything; else 0."""
         since = self._down_since_s
-        return 0.0 if since is None else now_s - since
+        if since is not None:
+            return now_s - since
+        quiet_s = now_s - self._heard_s
+        return quiet_s if quiet_s > 2 * protocol.HEARTBEAT_S else 0.0
 
     # The scheduler thread's side.
 
@@ -215,6 +219,7 @@ class SidecarClient:
                 call.cancel()
 
     def _take(self, message: pb.SidecarMessage, connection: Connection) -> None:
+        self._heard_s = time.monotonic()
         kind = message.WhichOneof("body")
         if kind == "welcome":
             welcome = message.welcome

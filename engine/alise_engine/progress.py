@@ -47,14 +47,14 @@ class StartDisplay:
     def phase(self, text: str) -> None:
         """Show what is being done now, and how long it took to get here."""
         self._phase = text
-        self._console.print(f"{time.monotonic() - self._began_s:5.1f} s  {escape(text)}")
+        self._line(text)
         self._show("")
 
     def done(self, text: str) -> None:
         """End the display with `text`; the log passes through from here on."""
         self._is_passing_through = True
         self._stop_spinner()
-        self._console.print(f"{time.monotonic() - self._began_s:5.1f} s  {escape(text)}")
+        self._line(text)
 
     def failed(self) -> None:
         """Print what was held back of the log."""
@@ -76,6 +76,11 @@ class StartDisplay:
             else:
                 self._kept.append(line)
                 self._show(line.strip())
+
+    def _line(self, text: str) -> None:
+        elapsed_s = time.monotonic() - self._began_s
+        # Unwrapped: the ready line holds a command to paste.
+        self._console.print(f"{elapsed_s:5.1f} s  {escape(text)}", soft_wrap=True, highlight=False)
 
     def _show(self, line: str) -> None:
         if self._status is not None:

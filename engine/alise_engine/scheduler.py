@@ -269,6 +269,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         for step in self._steps:
             client.send(step)
         self._steps.clear()
+        metrics.SIDECAR_CONNECTED.set(client.down_for_s(time.monotonic()) == 0)
         metrics.RANKED_JOBS.set(self._ranked_jobs)
         metrics.LIVE_JOBS.set(len(self._jobs))
         metrics.PREEMPTIONS.inc(self._unreported_preemptions)

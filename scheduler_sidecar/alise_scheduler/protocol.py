@@ -28,6 +28,9 @@ MAX_PREDICT_PROMPTS: Final = 1024
 MAX_LIVE_JOBS: Final = 100_000
 """Of one engine; jobs beyond it get no estimates and so keep their arrival order."""
 MAX_ENGINES: Final = 64
+HEARTBEAT_S: Final = 0.5
+"""The sidecar sends something at least this often: an engine that hears nothing for several of
+them takes the sidecar for hung, and orders by arrival."""
 MIN_PING_INTERVAL_MS: Final = 500
 """Keep-alive pings of the client may come no faster than this."""
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from alise_scheduler import protocol
 from alise_scheduler.engine_state import EngineState, Update
 from alise_scheduler.events import Event
 from alise_scheduler.metrics import Metrics
@@ -18,7 +19,7 @@ from alise_scheduler.wire import InvalidMessageError, StreamOrder, events_from, 
 _log = logging.getLogger(__name__)
 
 _EVENTS_PER_TURN: Final = 64
-_IDLE_S: Final = 0.5  # how soon a new model is noticed while no events come
+_IDLE_S: Final = protocol.HEARTBEAT_S  # also how soon a new model is noticed without events
 
 
 @dataclass(slots=True, eq=False)
@@ -32,12 +33,12 @@ class Stream:
     _order: StreamOrder = field(default_factory=StreamOrder)
     _received_sequence: int = 0
     _sent_sequence: int = 0
+    _sent_at_s: float = 0.0  # on the event loop's clock
     _is_half_closed: bool = False
 
     async def welcome(self, body: pb.Welcome) -> None:
         """Answer Hello."""
-        self._sent_sequence += 1
-        await self.send(pb.SidecarMessage(sequence=self._sent_sequence, welcome=body))
+        await self._send(pb.SidecarMessage(welcome=body))
 
     async def run(self, first: pb.EngineMessage, rest: AsyncIterator[pb.EngineMessage]) -> None:
         """Serve until the engine closes its half and has been told all.
@@ -94,6 +95,8 @@ class Stream:
             update = self.state.advance()
             if update is not None:
                 await self._send_update(update)
+            elif asyncio.get_running_loop().time() - self._sent_at_s >= protocol.HEARTBEAT_S:
+                await self._send(pb.SidecarMessage(update=pb.EstimateUpdate()))
             if self.state.has_work:
                 await asyncio.sleep(0)
             elif self._is_half_closed:
@@ -109,9 +112,14 @@ class Stream:
         self._wake.clear()
 
     async def _send_update(self, update: Update) -> None:
-        self._sent_sequence += 1
-        await self.send(update_message(self._sent_sequence, update))
+        await self._send(update_message(update))
         self.metrics.estimates_sent.inc(len(update.estimates))
         if self.state.settings.policy is Policy.BOOST:
             for estimate in update.estimates:
                 self.metrics.boost_s.observe(estimate.boost_s)
+
+    async def _send(self, message: pb.SidecarMessage) -> None:
+        self._sent_sequence += 1
+        message.sequence = self._sent_sequence
+        await self.send(message)
+        self._sent_at_s = asyncio.get_running_loop().time()

@@ -79,7 +79,7 @@ def prompt_from(prompt: pb.Prompt) -> PromptInput:
     )
 
 
-def update_message(sequence: int, update: Update) -> pb.SidecarMessage:
+def update_message(update: Update) -> pb.SidecarMessage:
     """Return the message that carries `update`."""
     body = pb.EstimateUpdate(
         model_version=update.model_version,
@@ -96,7 +96,7 @@ def update_message(sequence: int, update: Update) -> pb.SidecarMessage:
     if update.rates is not None:
         body.cost_model.prefill_s_per_token = update.rates.prefill_s_per_token
         body.cost_model.decode_s_per_token = update.rates.decode_s_per_token
-    return pb.SidecarMessage(sequence=sequence, update=body)
+    return pb.SidecarMessage(update=body)
 
 
 def prediction_message(quantiles: Quantiles | None) -> pb.Prediction:

@@ -515,7 +515,7 @@ Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
 
 @_typing.final
 class EstimateUpdate(_message.Message):
-    """Only what changed."""
+    """Only what changed; without estimates and costs it is a heartbeat."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
