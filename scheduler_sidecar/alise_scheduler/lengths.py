@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from functools import lru_cache
 from typing import Final, TypeAlias
 
 Quantiles: TypeAlias = tuple[float, ...]
@@ -24,6 +25,8 @@ _OUTLIVED_SHARE: Final = 0.35
 _OUTLIVED_MIN_TOKENS: Final = 8.0
 
 
+# A running job asks for the same distribution at each report of its progress.
+@lru_cache(maxsize=4096)
 def mass_points(quantiles: Quantiles) -> tuple[float, ...]:
     """Return `_MASS_POINTS` equally likely lengths (tokens, ascending) of the distribution.
 

@@ -18,7 +18,7 @@ from alise_scheduler.wire import InvalidMessageError, StreamOrder, events_from, 
 
 _log = logging.getLogger(__name__)
 
-_EVENTS_PER_TURN: Final = 64
+_EVENTS_PER_TURN: Final = 16
 _IDLE_S: Final = protocol.HEARTBEAT_S  # also how soon a new model is noticed without events
 
 
