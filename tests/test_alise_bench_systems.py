@@ -15,7 +15,14 @@ SETTINGS = ServerSettings(Path("/m"), 16, 2048, 2, ("--seed", "1"), Path("/answe
 
 
 def line(system: System) -> str:
-    parts = command(system, SETTINGS, 81, state_dir=Path("/state"), oracle_file=Path("/true.json"))
+    parts = command(
+        system,
+        SETTINGS,
+        81,
+        state_dir=Path("/state"),
+        shared_dir=Path("/shared"),
+        oracle_file=Path("/true.json"),
+    )
     return " ".join(parts[1:])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,19 @@ from alise_bench.dataset import (
     tokenize,
 )
 from alise_bench.environment import describe_environment
+from alise_bench.errors import BenchError
 from alise_bench.load import arrivals_of, capacity_per_s, measure_load
 from alise_bench.metrics import RequestRow
 from alise_bench.predictor_state import fresh_state
 from alise_bench.progress import Progress
 from alise_bench.replay_table import write_replay_table
-from alise_bench.server import free_port, preemptions, running_server
+from alise_bench.server import (
+    free_port,
+    is_sidecar_connected,
+    preemptions,
+    running_server,
+    wait_for_sidecar,
+)
 from alise_bench.session import Session, at_once, send
 from alise_bench.settings import BenchSettings, Mode
 from alise_bench.store import (
@@ -51,12 +59,19 @@ def run_benchmark(settings: BenchSettings, progress: Progress) -> None:
     """
     session = _prepare(settings, progress)
     measure_load(session)
+    with tempfile.TemporaryDirectory(prefix="alise-bench-") as shared:
+        _run_all(session, Path(shared))
+
+
+def _run_all(session: Session, shared_dir: Path) -> None:
+    """Run what is not done yet; `shared_dir` keeps the engine's token table between runs."""
+    settings, progress = session.settings, session.progress
     rates: list[float] = session.plan["rates_per_s"]
     runs = schedule_of_runs(settings.systems, rates, settings.repeats)
     todo = [run for run in runs if not has_run(settings.out, run)]
     for done, run in enumerate(todo, start=len(runs) - len(todo)):
         progress.step(f"run {done + 1} of {len(runs)}: {run.name}")
-        save_run(settings.out, _run(session, run))
+        save_run(settings.out, _run(session, run, shared_dir))
 
 
 def _prepare(settings: BenchSettings, progress: Progress) -> Session:
@@ -119,7 +134,7 @@ def _natural_answers(
     return natural.with_answers(items, file)
 
 
-def _run(session: Session, run: RunId) -> Run:
+def _run(session: Session, run: RunId, shared_dir: Path) -> Run:
     settings, split = session.settings, session.split(run.repeat)
     state_dir: Path | None = None
     if not run.system.is_stock:
@@ -130,6 +145,7 @@ def _run(session: Session, run: RunId) -> Run:
         session.servers,
         port,
         state_dir=state_dir,
+        shared_dir=shared_dir,
         oracle_file=(session.out / "true_lengths.json").resolve(),
         alise_options=settings.alise_options,
     )
@@ -137,6 +153,8 @@ def _run(session: Session, run: RunId) -> Run:
     arrivals = arrivals_of(settings, run.rate_per_s, run.repeat)
     try:
         with running_server(line, environment(session.servers, os.environ), port, log) as url:
+            if not run.system.is_stock:
+                wait_for_sidecar(url)
             asks = [_ask(run.system, item, 0.0) for item in _warmup(split.train, settings.warmup)]
             if asks:
                 send(url, settings, asks, session.progress)
@@ -144,6 +162,8 @@ def _run(session: Session, run: RunId) -> Run:
             asks = [_ask(run.system, item, t) for item, t in zip(split.test, arrivals, strict=True)]
             answers = send(url, settings, asks, session.progress)
             preempted = preemptions(url) - before
+            if not run.system.is_stock and not is_sidecar_connected(url):
+                raise BenchError(f"{run.name}: the sidecar was lost in the run; see {log}")
     finally:
         if state_dir is not None:
             shutil.rmtree(state_dir, ignore_errors=True)

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from alise_bench.errors import BenchError
 
 START_TIMEOUT_S: Final = 600.0
+SIDECAR_TIMEOUT_S: Final = 300.0
 _STOP_TIMEOUT_S: Final = 60.0
 _LOG_TAIL_LINES: Final = 25
 
@@ -84,12 +85,32 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def preemptions(base_url: str) -> int:
     """Return how often the server has preempted a request since it started."""
+    return int(_sample(base_url, "vllm:num_preemptions_total"))
+
+
+def wait_for_sidecar(base_url: str) -> None:
+    """Wait until an ALISE engine has its stream to the sidecar: without it, it is FCFS.
+
+    The first connect may take a while, as the engine makes its token table then. Raises
+    `BenchError` if there is none in time.
+    """
+    deadline = time.monotonic() + SIDECAR_TIMEOUT_S
+    while not is_sidecar_connected(base_url):
+        if time.monotonic() > deadline:
+            raise BenchError(f"no sidecar was connected within {SIDECAR_TIMEOUT_S:.0f} s")
+        time.sleep(0.5)
+
+
+def is_sidecar_connected(base_url: str) -> bool:
+    """Return whether an ALISE engine has its stream to the sidecar now."""
+    return _sample(base_url, "alise_engine_sidecar_connected") > 0
+
+
+def _sample(base_url: str, name: str) -> float:
     text = httpx.get(f"{base_url}/metrics", timeout=30.0).text
-    return int(
-        sum(
-            sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == "vllm:num_preemptions_total"
-        )
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name
     )

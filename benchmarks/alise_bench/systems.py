@@ -54,13 +54,14 @@ def command(
     port: int,
     *,
     state_dir: Path | None = None,
+    shared_dir: Path | None = None,
     oracle_file: Path | None = None,
     alise_options: tuple[str, ...] = (),
 ) -> list[str]:
     """Return the command line of one server.
 
-    `state_dir` (the sidecar's learned state) is for the ALISE systems, `oracle_file` (true
-    lengths by prompt key) for `alise-oracle` alone.
+    `state_dir` (the sidecar's learned state) and `shared_dir` (of engine and sidecar) are for the
+    ALISE systems, `oracle_file` (true lengths by prompt key) for `alise-oracle` alone.
     """
     # `vllm serve`, as `alise serve` itself starts it: the module only answers vLLM's question for
     # its own version, which fails in the CPU build.
@@ -76,7 +77,9 @@ def command(
         line += ["--scheduling-policy", "priority"]
     if not system.is_stock:
         assert state_dir is not None, "an ALISE system has a state folder"
-        line += ["--alise-state-dir", str(state_dir), "--alise-metrics-port", "0", *alise_options]
+        assert shared_dir is not None, "and one that it shares with its sidecar"
+        line += ["--alise-state-dir", str(state_dir), "--alise-shared-dir", str(shared_dir)]
+        line += ["--alise-metrics-port", "0", *alise_options]
     if system is System.ALISE_ORACLE:
         assert oracle_file is not None, "alise-oracle has a file of true lengths"
         line += ["--alise-oracle-file", str(oracle_file)]
