@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 PARAMETERS = DispatchParameters(
     margin_s=2.0, cost_weight=2.0, protected_s=1.0, max_preemptions_per_step=4
 )
-NO_ROOM = Room(slots=0, blocks=1000)
+NO_ROOM = Room(slots=0, blocks=1000)  # and nobody is expected to end
 
 
 def waiting(priority: float = 0.0, **changes: object) -> WaitingJob:
@@ -62,7 +63,22 @@ def running(priority: float = 10.0, **changes: object) -> RunningJob:
     ],
 )
 def test_worth_preempting(candidate: WaitingJob, victim: RunningJob, expected: bool) -> None:
-    assert is_worth_preempting(candidate, victim, PARAMETERS) is expected
+    assert is_worth_preempting(candidate, victim, math.inf, PARAMETERS) is expected
+
+
+@pytest.mark.parametrize(("wait_s", "expected"), [(2.9, False), (3.1, True)])
+def test_a_slot_that_is_soon_free_is_waited_for(wait_s: float, expected: bool) -> None:
+    # Margin 2 s, and recomputing the victim costs 2 x 0.5 s.
+    assert is_worth_preempting(waiting(), running(), wait_s, PARAMETERS) is expected
+    room = Room(slots=0, blocks=1000, frees_s=(wait_s, 20.0))
+    assert choose_victims([waiting()], [running()], room, PARAMETERS) == ["r"] * expected
+
+
+def test_the_second_waiting_job_waits_for_the_second_slot() -> None:
+    jobs = [running(30.0 - i, job_id=f"r{i}") for i in range(3)]
+    candidates = [waiting(float(i), job_id=f"w{i}") for i in range(3)]
+    room = Room(slots=0, blocks=1000, frees_s=(10.0, 0.5, 10.0))
+    assert choose_victims(candidates, jobs, room, PARAMETERS) == ["r0"]
 
 
 def test_nobody_is_preempted_while_there_is_room() -> None:
@@ -130,7 +146,7 @@ def test_victims_are_few_ranked_and_each_makes_room(
     for job_id in victims:
         assert by_id[job_id].is_ranked
         assert by_id[job_id].is_preemptible
-        assert any(is_worth_preempting(c, by_id[job_id], PARAMETERS) for c in candidates)
+        assert any(is_worth_preempting(c, by_id[job_id], math.inf, PARAMETERS) for c in candidates)
 
 
 @given(st.lists(waiting_jobs, max_size=12), st.lists(running_jobs, max_size=12))
@@ -145,7 +161,7 @@ def test_without_estimates_nobody_is_preempted(
 def test_two_jobs_never_evict_each_other_in_turn(
     candidate: WaitingJob, victim: RunningJob, recompute_s: float
 ) -> None:
-    if not is_worth_preempting(candidate, victim, PARAMETERS):
+    if not is_worth_preempting(candidate, victim, math.inf, PARAMETERS):
         return
     winner = RunningJob(
         candidate.job_id,
@@ -159,4 +175,4 @@ def test_two_jobs_never_evict_each_other_in_turn(
     loser = WaitingJob(
         victim.job_id, victim.key, victim.is_ranked, victim.remaining_s, victim.blocks
     )
-    assert not is_worth_preempting(loser, winner, PARAMETERS)
+    assert not is_worth_preempting(loser, winner, math.inf, PARAMETERS)

@@ -56,7 +56,7 @@ class FakeClient:
         return [event for event in self.events if isinstance(event, kind)]
 
 
-@pytest.fixture()
+@pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a factory of (scheduler, fake client)."""
     monkeypatch.setenv("ALISE_SCHEDULER", "unix:///nobody.sock")
@@ -136,7 +136,7 @@ def test_waiting_jobs_follow_their_newest_estimates(make: Any) -> None:
     driver = Driver(scheduler)
     first, *others = add(scheduler, 4)
     driver.step()
-    client.estimates = [estimate(job, p) for job, p in zip(others, (30.0, 10.0, 20.0))]
+    client.estimates = [estimate(job, p) for job, p in zip(others, (30.0, 10.0, 20.0), strict=True)]
     driver.step()
     assert [r.request_id for r in scheduler.waiting] == [others[i].request_id for i in (1, 2, 0)]
     client.estimates = [estimate(others[0], 5.0)]

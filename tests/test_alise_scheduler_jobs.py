@@ -18,7 +18,7 @@ from alise_scheduler.events import (
     SnapshotEnd,
 )
 from alise_scheduler.jobs import JobTable, next_milestone
-from alise_scheduler.policy import Policy
+from alise_scheduler.policy import GAMMA_SHARE, Policy
 from alise_scheduler.predictor import Outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -238,7 +238,7 @@ def test_gamma_follows_the_finished_jobs() -> None:
         state.apply(Finished(f"{index}", FinishReason.STOP, 1000, []))
     settle(state)
     service_s = state.pricing.rates.service_s(1, 1000)
-    assert state.pricing.parameters.gamma_per_s == pytest.approx(0.5 / service_s, rel=0.1)
+    assert state.pricing.parameters.gamma_per_s == pytest.approx(GAMMA_SHARE / service_s, rel=0.1)
 
 
 def test_gamma_uses_the_predictions_until_enough_have_finished() -> None:
@@ -247,7 +247,7 @@ def test_gamma_uses_the_predictions_until_enough_have_finished() -> None:
         state.apply(Arrived(f"{index}", 0.0, prompt_input(2000, prompt_tokens=1)))
     settle(state)
     service_s = state.pricing.rates.service_s(1, 2000)
-    assert state.pricing.parameters.gamma_per_s == pytest.approx(0.5 / service_s, rel=0.3)
+    assert state.pricing.parameters.gamma_per_s == pytest.approx(GAMMA_SHARE / service_s, rel=0.3)
 
 
 def test_a_fixed_gamma_stays() -> None:

@@ -119,7 +119,8 @@ def serve(
             "--alise-preemption-margin-s",
             envvar="ALISE_PREEMPTION_MARGIN_S",
             min=0.0,
-            help="Seconds of priority by which a waiting job must be better, beyond the cost.",
+            help="A job is preempted only if that saves a better one this many seconds of waiting, "
+            "beyond what it costs (default: 4).",
         ),
     ] = None,
     drain_s: Annotated[

@@ -11,11 +11,14 @@ Invariants (tests/test_alise_engine_dispatch.py):
 - a victim is behind its candidate by more than the margin, and has more work left than the
   candidate and the cost of preempting together: two jobs cannot evict each other in turn unless
   an estimate changes in between;
+- a preemption saves its candidate more waiting than it costs: with many slots one is soon free
+  anyway, and running a victim's prompt and answer again slows the whole batch;
 - nobody is preempted while there is room, nor when the candidate would still not fit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -53,18 +56,25 @@ class RunningJob:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What is free before anybody is preempted."""
+    """What is free before anybody is preempted, and when slots become free by themselves."""
 
     slots: int
     blocks: int
+    frees_s: Sequence[float] = ()
+    """Expected seconds until each running job ends, ascending; shorter where that is unknown."""
+
+    def wait_s(self, place: int) -> float:
+        """Return how long the waiting job at `place` (0 is first) would wait for a slot."""
+        return self.frees_s[place] if place < len(self.frees_s) else math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchParameters:
-    """When a preemption is worth it."""
+    """When a preemption is worth it (chosen by simulation: docs/policy.md)."""
 
-    margin_s: float = 2.0
-    """A victim's priority must be worse than the candidate's by this, beyond its cost."""
+    margin_s: float = 4.0
+    """By this must a candidate be better placed, and so much waiting must it be saved, beyond
+    the cost."""
     cost_weight: float = 2.0
     """Seconds of margin for each second that preempting costs: recomputing slows all the batch."""
     protected_s: float = 1.0
@@ -73,15 +83,15 @@ class DispatchParameters:
 
 
 def is_worth_preempting(
-    candidate: WaitingJob, victim: RunningJob, parameters: DispatchParameters
+    candidate: WaitingJob, victim: RunningJob, wait_s: float, parameters: DispatchParameters
 ) -> bool:
-    """Say whether `candidate` should have the place of `victim`."""
+    """Say whether `candidate`, who would wait for `wait_s`, should have the place of `victim`."""
     if not (candidate.is_ranked and victim.is_ranked and victim.is_preemptible):
         return False
     if candidate.key[0] != victim.key[0]:
         return candidate.key[0] < victim.key[0]
     cost_s = parameters.cost_weight * victim.recompute_s
-    if victim.key[1] - candidate.key[1] <= parameters.margin_s + cost_s:
+    if min(victim.key[1] - candidate.key[1], wait_s) <= parameters.margin_s + cost_s:
         return False
     if victim.remaining_s is None or candidate.remaining_s is None:
         return True
@@ -104,8 +114,9 @@ def choose_victims(
     """
     victims: list[RunningJob] = []
     slots, blocks = room.slots, room.blocks
-    for candidate in waiting:
-        chosen = _victims_for(candidate, running, victims, Room(slots, blocks), parameters)
+    for place, candidate in enumerate(waiting):
+        left = Room(slots, blocks)
+        chosen = _victims_for(candidate, running, victims, left, room.wait_s(place), parameters)
         if chosen is None:
             break
         victims.extend(chosen)
@@ -119,6 +130,7 @@ def _victims_for(
     running: Sequence[RunningJob],
     taken: Sequence[RunningJob],
     room: Room,
+    wait_s: float,
     parameters: DispatchParameters,
 ) -> list[RunningJob] | None:
     """Return whom to preempt so that `candidate` fits; empty if it does, None if it cannot."""
@@ -129,7 +141,7 @@ def _victims_for(
             break
         if len(taken) + len(chosen) >= parameters.max_preemptions_per_step:
             break
-        if victim not in taken and is_worth_preempting(candidate, victim, parameters):
+        if victim not in taken and is_worth_preempting(candidate, victim, wait_s, parameters):
             chosen.append(victim)
             slots += 1
             blocks += victim.blocks

@@ -194,8 +194,8 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         """Preempt whom dispatch names; return them, taken out of the waiting queue."""
         if not self._settings.preempts or not self.waiting or not self.running:
             return []
-        room = self._room(now_s)
         costs = self._client_costs()
+        room = self._room(now_s, costs)
         worst = self.running[: -_VICTIMS_CONSIDERED - 1 : -1]
         running = [self._running_job(request, costs) for request in worst]
         waiting = self._waiting_jobs(costs)
@@ -221,13 +221,15 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._preempt_request(request, now_s, drop_stale_output=self.requires_kv_delivery)
         self.waiting.remove_request(request)
 
-    def _room(self, now_s: float) -> Room:
+    def _room(self, now_s: float, costs: Costs) -> Room:
         slots = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
         pool = self.kv_cache_manager.block_pool
         blocks = pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
         if now_s < self._no_block_preemption_until_s:
             blocks = pool.num_gpu_blocks
-        return Room(slots=slots, blocks=blocks)
+        tokens = [self._jobs[request.request_id].expected_tokens() for request in self.running]
+        known = sorted(t * costs.decode_s_per_token for t in tokens if t is not None)
+        return Room(slots=slots, blocks=blocks, frees_s=known)
 
     def _waiting_jobs(self, costs: Costs) -> Iterator[WaitingJob]:
         for request in self.waiting:

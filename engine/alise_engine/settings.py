@@ -66,12 +66,12 @@ def _path(environ: Mapping[str, str], name: str) -> Path | None:
 
 def _tls(environ: Mapping[str, str]) -> TlsFiles | None:
     files = TlsFiles(
-        ca=_path(environ, "ALISE_TLS_CA"),
-        certificate=_path(environ, "ALISE_TLS_CERT"),
-        key=_path(environ, "ALISE_TLS_KEY"),
+        ca=_path(environ, "ALISE_SCHEDULER_TLS_CA"),
+        certificate=_path(environ, "ALISE_SCHEDULER_TLS_CERT"),
+        key=_path(environ, "ALISE_SCHEDULER_TLS_KEY"),
     )
     if (files.certificate is None) != (files.key is None):
-        raise SettingsError("ALISE_TLS_CERT and ALISE_TLS_KEY go together: set both or neither")
+        raise SettingsError("ALISE_SCHEDULER_TLS_CERT and ALISE_SCHEDULER_TLS_KEY go together: set both or neither")
     return files if files.ca or files.certificate else None
 
 

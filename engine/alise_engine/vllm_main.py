@@ -23,7 +23,7 @@ def _version(name: str) -> str:
 
 def main() -> None:
     """Run `vllm` with the arguments of this process."""
-    importlib.metadata.version = _version
+    importlib.metadata.version = _version  # type: ignore[assignment] # same but for a name
     from vllm.entrypoints.cli.main import main as vllm_main
 
     sys.exit(vllm_main())
