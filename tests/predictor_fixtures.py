@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from alise_scheduler.evaluation import Conversation
 from alise_scheduler.predictor import Outcome, Predictor, PredictorSettings, PromptInput
 from alise_scheduler.token_table import DIMENSIONS

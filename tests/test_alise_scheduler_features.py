@@ -1,21 +1,5 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from predictor_fixtures import (
-    ASSISTANT,
-    END,
-    FIRST_WORD,
-    NEWLINE,
-    START,
-    USER,
-    VOCABULARY,
-    prompt_input,
-    write_table,
-)
-
 from alise_scheduler.answer_features import (
     ANSWER_WIDTH,
     AnswerState,
@@ -30,6 +14,19 @@ from alise_scheduler.prompt_features import (
     prompt_features,
 )
 from alise_scheduler.token_table import TokenTable, read_token_table
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from predictor_fixtures import (
+    ASSISTANT,
+    END,
+    FIRST_WORD,
+    NEWLINE,
+    START,
+    USER,
+    VOCABULARY,
+    prompt_input,
+    write_table,
+)
 
 ANY_IDS = st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(0, VOCABULARY), max_size=80)
 

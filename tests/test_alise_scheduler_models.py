@@ -3,14 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from predictor_fixtures import conversations, taught, write_table
-
 from alise_scheduler.lengths import QUANTILE_LEVELS
 from alise_scheduler.model_blob import ModelBlobError, models_from_bytes, models_to_bytes
 from alise_scheduler.quality import QualityWindow
 from alise_scheduler.quantile_model import fit_quantiles, pinball
 from alise_scheduler.retrieval import fit_retrieval
 from alise_scheduler.ridge import fit_ridge
+from predictor_fixtures import conversations, taught, write_table
 
 
 def test_ridge_held_out_predictions_are_those_of_a_fit_without_the_group() -> None:

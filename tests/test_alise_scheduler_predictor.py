@@ -4,6 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from alise_scheduler import predictor as predictor_module
+from alise_scheduler.evaluation import evaluate
+from alise_scheduler.predictor import Outcome, Predictor, PredictorSettings, TokenTableError
+from alise_scheduler.quality import tau_b
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from predictor_fixtures import (
@@ -15,11 +19,6 @@ from predictor_fixtures import (
     taught,
     write_table,
 )
-
-from alise_scheduler import predictor as predictor_module
-from alise_scheduler.evaluation import evaluate
-from alise_scheduler.predictor import Outcome, Predictor, PredictorSettings, TokenTableError
-from alise_scheduler.quality import tau_b
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from predictor_fixtures import FIRST_WORD, VOCABULARY, table_arrays, write_table
-
 from alise_scheduler.token_table import PROPERTY_OF, TokenTableError, read_token_table
+from predictor_fixtures import FIRST_WORD, VOCABULARY, table_arrays, write_table
 
 
 def test_reads_kinds_and_words(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -17,12 +18,11 @@ from alise_scheduler.prompt_features import BAG_BUCKETS, bag_buckets
 from alise_scheduler.token_table import PROPERTY_NAMES, PROPERTY_OF, TokenTable
 
 ANSWER_DIMENSIONS: Final = 128
-OPENING_TOKENS: Final = 16
 LAST_TOKENS: Final = 16
 _PROPERTIES: Final = len(PROPERTY_NAMES)
 _STRUCTURE: Final = 5
 ANSWER_LEXICAL: Final = _STRUCTURE + 3 * _PROPERTIES
-ANSWER_WIDTH: Final = ANSWER_LEXICAL + 2 * ANSWER_DIMENSIONS
+ANSWER_WIDTH: Final = ANSWER_LEXICAL + ANSWER_DIMENSIONS
 
 _NEWLINE: Final = PROPERTY_OF["newline"]
 _DIGIT: Final = PROPERTY_OF["digit"]
@@ -126,20 +126,15 @@ def answer_features(
     seen = np.array([[max(state.seen_tokens, 1)] for state in states], dtype=np.float32)
     counts = np.stack([state.counts for state in states])
     tails = [state.tail or [table.vocabulary] for state in states]
-    sizes = np.array([len(tail) for tail in tails])
-    starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
-    rows = np.concatenate([np.asarray(tail) for tail in tails])
-    last = np.add.reduceat(table.properties[rows].astype(np.float32), starts)
-    vectors = np.add.reduceat(
-        table.embedding[rows, :ANSWER_DIMENSIONS].astype(np.float32), starts
-    ) / sizes[:, None].astype(np.float32)
+    starts = np.concatenate(([0], np.cumsum([len(tail) for tail in tails])[:-1]))
+    rows = np.fromiter(chain.from_iterable(tails), dtype=np.int64)
+    last = np.add.reduceat(table.properties[rows], starts, dtype=np.float32)
     end = _STRUCTURE
     for block in (np.log1p(counts), counts / seen, last):
         dense[:, end : end + _PROPERTIES] = block
         end += _PROPERTIES
     sums = np.stack([state.embedding_sum for state in states])
-    dense[:, end : end + ANSWER_DIMENSIONS] = sums / seen
-    dense[:, end + ANSWER_DIMENSIONS :] = vectors
+    dense[:, end:] = sums / seen
     return dense
 
 

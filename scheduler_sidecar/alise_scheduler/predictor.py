@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from alise_scheduler.answer_features import AnswerState, answer_bag, answer_features
 from alise_scheduler.lengths import QUANTILE_LEVELS, Quantiles, remaining_after
@@ -125,6 +126,8 @@ class Predictor:
     """Predicts what remains of jobs, learns from those that finished."""
 
     def __init__(self, settings: PredictorSettings) -> None:
+        # Small products in several threads cost far more than they gain, on cores that serve.
+        threadpool_limits(limits=1, user_api="blas")
         self._settings = settings
         self._table: TokenTable | None = None
         self._fingerprint = _NO_TABLE

@@ -17,13 +17,14 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import solve_triangular
 
 from alise_scheduler.prompt_features import BAG_BUCKETS
 
 Array = npt.NDArray[np.float32]
 Bag = npt.NDArray[np.uint16]
 
-_MAX_BUCKETS: Final = 1200
+_MAX_BUCKETS: Final = 600
 _BAG_WEIGHT: Final = 0.5
 _LINEAR_WEIGHT: Final = 0.5
 _BLOCK_WIDTH: Final = 0.25
@@ -54,11 +55,15 @@ class Ridge:
         scaled = (rows - self.mean) * self.scale
         value = _kernel(scaled, self.landmarks, self.landmark_norms, self.blocks) @ self.weights
         value += scaled[:, slice(*self.blocks[0])] @ self.linear
-        words = [
-            self.bag_weights[bag].sum() / max(float(np.linalg.norm(self.bag_idf[bag])), 1e-6)
-            for bag in bags
-        ]
-        result: Array = value + np.array(words, dtype=np.float32) + np.float32(self.intercept)
+        result: Array = value + self._words(bags) + np.float32(self.intercept)
+        return result
+
+    def _words(self, bags: Sequence[Bag]) -> Array:
+        row = np.repeat(np.arange(len(bags)), [len(bag) for bag in bags])
+        buckets = np.concatenate(bags)
+        total = np.bincount(row, self.bag_weights[buckets], len(bags))
+        norms = np.sqrt(np.bincount(row, np.square(self.bag_idf[buckets]), len(bags)))
+        result: Array = (total / np.maximum(norms, 1e-6)).astype(np.float32)
         return result
 
     def to_target(self, ranks: Array) -> Array:
@@ -114,8 +119,8 @@ def fit_ridge(
     landmarks = scaled[chosen]
     norms = _norms(landmarks, blocks)
     cross = _kernel(scaled, landmarks, norms, blocks).astype(np.float64)
-    values, vectors = np.linalg.eigh(cross[chosen] + _JITTER * np.eye(len(chosen)))
-    half = vectors / np.sqrt(np.maximum(values, _JITTER))
+    lower = np.linalg.cholesky(cross[chosen] + _JITTER * np.eye(len(chosen)))
+    half = solve_triangular(lower, np.eye(len(chosen)), lower=True).T
     idf = _inverse_frequency(bags)
     columns = np.flatnonzero(idf)
     first = scaled[:, slice(*blocks[0])] * np.sqrt(_LINEAR_WEIGHT)

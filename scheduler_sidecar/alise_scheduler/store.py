@@ -213,7 +213,8 @@ class SampleStore:
                 " (SELECT id FROM samples ORDER BY id DESC LIMIT 1 OFFSET ?)",
                 (self._max_samples,),
             )
-        connection.execute("PRAGMA incremental_vacuum").fetchall()
+        # As a script: execute() would stop after the first page.
+        connection.executescript("PRAGMA incremental_vacuum")
         self._unpruned = 0
 
     def _load_model(

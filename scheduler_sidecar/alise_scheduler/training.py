@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from alise_scheduler.answer_features import ANSWER_DIMENSIONS, ANSWER_LEXICAL, ANSWER_WIDTH
+from alise_scheduler.answer_features import ANSWER_LEXICAL, ANSWER_WIDTH
 from alise_scheduler.lengths import QUANTILE_LEVELS, remaining_after
 from alise_scheduler.prompt_features import LEXICAL, PROMPT_WIDTH, PromptFeatures
 from alise_scheduler.quantile_model import QuantileModel, fit_quantiles
@@ -38,8 +38,7 @@ _PROMPT_BLOCKS: Final = (
 )
 _ANSWER_BLOCKS: Final = (
     (0, ANSWER_LEXICAL),
-    (ANSWER_LEXICAL, ANSWER_LEXICAL + ANSWER_DIMENSIONS),
-    (ANSWER_LEXICAL + ANSWER_DIMENSIONS, ANSWER_WIDTH),
+    (ANSWER_LEXICAL, ANSWER_WIDTH),
     # The prompt's lexical features and the arrival model's prediction.
     (ANSWER_WIDTH, ANSWER_WIDTH + LEXICAL + 2),
 )
