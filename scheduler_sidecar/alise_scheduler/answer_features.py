@@ -20,8 +20,8 @@ from alise_scheduler.token_table import PROPERTY_NAMES, PROPERTY_OF, TokenTable
 ANSWER_DIMENSIONS: Final = 128
 LAST_TOKENS: Final = 16
 _PROPERTIES: Final = len(PROPERTY_NAMES)
-_STRUCTURE: Final = 5
-ANSWER_LEXICAL: Final = _STRUCTURE + 3 * _PROPERTIES
+STRUCTURE: Final = 5
+ANSWER_LEXICAL: Final = STRUCTURE + 3 * _PROPERTIES
 ANSWER_WIDTH: Final = ANSWER_LEXICAL + ANSWER_DIMENSIONS
 
 _NEWLINE: Final = PROPERTY_OF["newline"]
@@ -117,7 +117,7 @@ def answer_features(
     if table is None or not states:
         return dense
     fold(states, table)
-    dense[:, 1:_STRUCTURE] = np.log1p(
+    dense[:, 1:STRUCTURE] = np.log1p(
         [
             (state.list_items, state.list_number, state.line_tokens, state.seen_tokens)
             for state in states
@@ -129,7 +129,7 @@ def answer_features(
     starts = np.concatenate(([0], np.cumsum([len(tail) for tail in tails])[:-1]))
     rows = np.fromiter(chain.from_iterable(tails), dtype=np.int64)
     last = np.add.reduceat(table.properties[rows], starts, dtype=np.float32)
-    end = _STRUCTURE
+    end = STRUCTURE
     for block in (np.log1p(counts), counts / seen, last):
         dense[:, end : end + _PROPERTIES] = block
         end += _PROPERTIES

@@ -38,7 +38,10 @@ class QuantileModel:
 def fit_quantiles(
     rows: Array, target: Array, groups: npt.NDArray[np.int64], rng: np.random.Generator
 ) -> QuantileModel:
-    """Fit on `rows` [n, width]; the coverage is corrected on folds that part the `groups`."""
+    """Fit on `rows` [n, width], rising with the first column.
+
+    The coverage is corrected on folds that part the `groups`.
+    """
     unique = np.unique(groups)
     fold_of = dict(zip(unique.tolist(), rng.permutation(len(unique)) % _FOLDS, strict=True))
     fold = np.array([fold_of[group] for group in groups.tolist()])
@@ -60,6 +63,7 @@ def _train(rows: Array, target: Array) -> Any:
         "tree_method": "hist",
         "max_bin": 64,
         "max_depth": 3,
+        "monotone_constraints": (1,) + (0,) * (rows.shape[1] - 1),
         "eta": 0.09,
         "subsample": 0.7,
         "colsample_bytree": 0.6,

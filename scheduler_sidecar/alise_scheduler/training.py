@@ -14,9 +14,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from alise_scheduler.answer_features import ANSWER_LEXICAL, ANSWER_WIDTH
+from alise_scheduler.answer_features import ANSWER_LEXICAL, ANSWER_WIDTH, STRUCTURE
 from alise_scheduler.lengths import QUANTILE_LEVELS, remaining_after
-from alise_scheduler.prompt_features import LEXICAL, PROMPT_WIDTH, PromptFeatures
+from alise_scheduler.prompt_features import LEXICAL, NUMERIC, PROMPT_WIDTH, PromptFeatures
 from alise_scheduler.quantile_model import QuantileModel, fit_quantiles
 from alise_scheduler.retrieval import Retrieval, fit_retrieval
 from alise_scheduler.ridge import Bag, Ridge, fit_ridge
@@ -75,7 +75,7 @@ class ArrivalModel:
     def predict(self, dense: Array, bags: Sequence[Bag]) -> tuple[Array, Array]:
         """Return log-quantiles [n, levels] and the ridge's rank [n]."""
         ranks = self.ridge.predict(dense, bags)
-        rows = np.hstack([dense[:, :LEXICAL], ranks[:, None], self.retrieval.features(dense)])
+        rows = _arrival_columns(dense, ranks, self.retrieval.features(dense))
         return self.quantiles.predict(rows), ranks
 
 
@@ -112,8 +112,14 @@ def answer_rows(answers: Array, prompts: Array, ranks: Array, logs: Array) -> Ar
     return np.hstack(rows).astype(np.float32)
 
 
-def _answer_columns(rows: Array, stacked: Array) -> Array:
-    return np.hstack([rows[:, :ANSWER_LEXICAL], rows[:, ANSWER_WIDTH:], stacked[:, None]])
+# The trees see little beside the ridge's rank (first, and monotone): with hundreds of jobs, every
+# further column costs more in noise than it tells.
+def _arrival_columns(dense: Array, ranks: Array, neighbours: Array) -> Array:
+    return np.hstack([ranks[:, None], neighbours, dense[:, :NUMERIC]])
+
+
+def _answer_columns(rows: Array, ranks: Array) -> Array:
+    return np.hstack([ranks[:, None], rows[:, :STRUCTURE], rows[:, -2:]])
 
 
 def stack_prompts(samples: Sequence[Sample]) -> Array:
@@ -163,7 +169,7 @@ def train(
     groups = np.arange(len(samples))
     ridge, stacked = fit_ridge(dense, bags, target, groups, _PROMPT_BLOCKS, _PROMPT_LANDMARKS, rng)
     retrieval, neighbours = fit_retrieval(dense, target)
-    rows = np.hstack([dense[:, :LEXICAL], stacked[:, None], neighbours])
+    rows = _arrival_columns(dense, stacked, neighbours)
     arrival = ArrivalModel(ridge, retrieval, fit_quantiles(rows, target, groups, rng))
     return Models(arrival, _train_answers(samples, lengths, dense, stacked, ridge, rng))
 
