@@ -1,0 +1,258 @@
+"""`alise serve` as its users run it: a real model on the CPU, real processes, real failures.
+
+One server serves all tests, in order; each leaves it as it found it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from alise_engine.cli import DEFAULT_MODEL_NAME, cache_dir
+from alise_engine.default_model import ensure_default_model
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+PROMPTS = [
+    "Name three fruits.",
+    "Why is the sky blue?",
+    "Write a short poem about the sea.",
+    "What is 2 + 2?",
+    "List the days of the week.",
+]
+START_S = 300.0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def eventually(condition: Callable[[], Any], patience_s: float = 60.0) -> None:
+    deadline_s = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen in time"
+        time.sleep(0.1)
+
+
+class Server:
+    """A server process and a client of it."""
+
+    def __init__(self, command: list[str], log: Path, port: int) -> None:
+        self.port, self.log = port, log
+        self.url = f"http://localhost:{port}"
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait_until_ready(self) -> None:
+        def is_ready() -> bool:
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            try:
+                return httpx.get(f"{self.url}/health").is_success
+            except httpx.HTTPError:
+                return False
+
+        eventually(is_ready, START_S)
+
+    def chat(self, prompt: str, max_tokens: int = 24, **options: Any) -> httpx.Response:
+        body = {
+            "model": DEFAULT_MODEL_NAME,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            **options,
+        }
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=600.0)
+
+    def answer(self, prompt: str, **options: Any) -> str:
+        response = self.chat(prompt, **options)
+        assert response.status_code == 200, response.text
+        content: str = response.json()["choices"][0]["message"]["content"]
+        return content
+
+    def metric(self, name: str) -> float:
+        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
+            if line.startswith(name) and line[len(name)] in " {":
+                return float(line.rpartition(" ")[2])
+        raise AssertionError(f"no metric {name}")
+
+    def sidecar(self) -> psutil.Process:
+        for child in psutil.Process(self.process.pid).children():
+            if "alise_scheduler" in child.cmdline():
+                return child
+        raise psutil.NoSuchProcess(0, "the sidecar is not running")
+
+    def is_connected(self) -> bool:
+        # The engine looks when it schedules.
+        self.answer("Hi", max_tokens=2)
+        return self.metric("alise_engine_sidecar_connected") == 1
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.process.wait(120.0)
+
+
+OPTIONS = ["--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "16"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def stock_answers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What stock vLLM answers, one prompt at a time."""
+    model = ensure_default_model(cache_dir() / DEFAULT_MODEL_NAME)
+    port = free_port()
+    command = [sys.executable, "-m", "alise_engine.vllm_main", "serve", str(model), *OPTIONS]
+    command += ["--served-model-name", DEFAULT_MODEL_NAME, "--port", str(port)]
+    server = Server(command, tmp_path_factory.mktemp("stock") / "log", port)
+    try:
+        server.wait_until_ready()
+        return [server.answer(prompt) for prompt in PROMPTS]
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(stock_answers: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder, port = tmp_path_factory.mktemp("alise"), free_port()
+    command = [sys.executable, "-m", "alise_scheduler", "serve", "--port", str(port)]
+    command += ["--alise-state-dir", str(folder / "state"), "--alise-metrics-port", "0"]
+    # MLFQ ranks and preempts without waiting for a first model.
+    command += ["--alise-policy", "mlfq", "--alise-preemption-margin-s", "0"]
+    server = Server(command, folder / "log", port)
+    try:
+        server.wait_until_ready()
+        eventually(server.is_connected)
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
+def test_tokens_are_stock_vllms(server: Server, stock_answers: list[str]) -> None:
+    assert [server.answer(prompt) for prompt in PROMPTS] == stock_answers
+
+
+def test_the_ready_line_is_a_command_that_works(server: Server) -> None:
+    text = server.log.read_text(errors="replace")
+    command = text[text.index("curl http") :].partition("}'")[0] + "}'"
+    done = subprocess.run(
+        ["bash", "-c", command.replace('"model"', '"max_tokens": 5, "model"')],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert '"finish_reason"' in done.stdout, done.stderr
+
+
+def test_bad_input_gets_vllms_own_errors(server: Server) -> None:
+    response = server.chat("Hi", max_tokens=-1)
+    assert response.status_code == 400
+    assert "max_tokens" in response.json()["error"]["message"]
+    unknown = httpx.post(
+        f"{server.url}/v1/completions", json={"model": "no such model", "prompt": "x"}
+    )
+    assert unknown.status_code == 404
+
+
+def test_a_client_that_leaves_frees_its_job(server: Server) -> None:
+    body = {"model": DEFAULT_MODEL_NAME, "prompt": "Once", "max_tokens": 1500, "stream": True}
+    body["ignore_eos"] = True
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60.0) as stream:
+        next(stream.iter_lines())
+    eventually(lambda: server.metric("vllm:num_requests_running") == 0)
+    server.answer("Hi", max_tokens=2)
+    eventually(lambda: server.metric("alise_engine_live_jobs") == 0)
+
+
+def answers_while(server: Server, harm: Callable[[], None], count: int = 24) -> None:
+    """Ask `count` at once, do `harm` amid them, and see all answered."""
+    with ThreadPoolExecutor(count) as pool:
+        asked = [
+            pool.submit(server.chat, PROMPTS[i % len(PROMPTS)], max_tokens=40) for i in range(count)
+        ]
+        time.sleep(0.5)
+        harm()
+        assert {future.result().status_code for future in asked} == {200}
+
+
+def test_a_killed_sidecar_is_restarted(server: Server, stock_answers: list[str]) -> None:
+    old = server.sidecar()
+    answers_while(server, old.kill)
+    assert server.answer(PROMPTS[0]) == stock_answers[0]
+    eventually(lambda: server.sidecar().pid != old.pid)
+    eventually(server.is_connected)
+    log = server.log.read_text(errors="replace")
+    assert "The scheduler sidecar ended" in log
+    assert "jobs are ordered by arrival" in log
+
+
+def test_a_hung_sidecar_delays_nobody(server: Server, stock_answers: list[str]) -> None:
+    sidecar = server.sidecar()
+    sidecar.suspend()
+    try:
+        answers_while(server, lambda: None)
+        assert server.answer(PROMPTS[1]) == stock_answers[1]
+        eventually(lambda: not server.is_connected())
+    finally:
+        sidecar.resume()
+    eventually(server.is_connected)
+
+
+def test_a_deleted_socket_is_made_again(server: Server) -> None:
+    sidecar = server.sidecar()
+    arguments = sidecar.cmdline()
+    path = Path(arguments[arguments.index("--listen") + 1].removeprefix("unix://"))
+    path.unlink()
+    answers_while(server, sidecar.kill)
+    eventually(server.is_connected)
+    assert path.exists()
+
+
+def test_a_thousand_requests_at_once(server: Server) -> None:
+    with ThreadPoolExecutor(1000) as pool:
+        asked = [
+            pool.submit(server.chat, f"{PROMPTS[i % len(PROMPTS)]} ({i})", max_tokens=1 + i % 4)
+            for i in range(1000)
+        ]
+        assert {future.result().status_code for future in asked} == {200}
+    assert server.metric("vllm:num_requests_waiting") == 0
+
+
+def test_sigterm_drains(server: Server) -> None:
+    results: list[int] = []
+    asking = threading.Thread(
+        target=lambda: results.append(
+            server.chat("Tell me a story.", max_tokens=60, ignore_eos=True).status_code
+        )
+    )
+    asking.start()
+    eventually(lambda: server.metric("vllm:num_requests_running") == 1)
+    os.kill(server.process.pid, signal.SIGTERM)
+    asking.join(60.0)
+    assert results == [200]
+    assert server.process.wait(60.0) == 0
+    with pytest.raises(psutil.NoSuchProcess):
+        server.sidecar()
