@@ -32,6 +32,7 @@ from alise_bench.progress import Progress
 from alise_bench.replay_table import write_replay_table
 from alise_bench.server import (
     free_port,
+    has_trained_model,
     is_sidecar_connected,
     preemptions,
     running_server,
@@ -139,11 +140,12 @@ def _run(session: Session, run: RunId, shared_dir: Path) -> Run:
     state_dir: Path | None = None
     if not run.system.is_stock:
         state_dir = fresh_state(session, split, run.repeat)
-    port = free_port()
+    port, metrics_port = free_port(), free_port()
     line = command(
         run.system,
         session.servers,
         port,
+        metrics_port=metrics_port,
         state_dir=state_dir,
         shared_dir=shared_dir,
         oracle_file=(session.out / "true_lengths.json").resolve(),
@@ -155,6 +157,11 @@ def _run(session: Session, run: RunId, shared_dir: Path) -> Run:
         with running_server(line, environment(session.servers, os.environ), port, log) as url:
             if not run.system.is_stock:
                 wait_for_sidecar(url)
+            if run.system is System.ALISE and not has_trained_model(metrics_port):
+                raise BenchError(
+                    f"{run.name}: the sidecar did not load the trained model; if ALISE has changed "
+                    f"since it was trained, remove {session.out}/trained and run again ({log})"
+                )
             asks = [_ask(run.system, item, 0.0) for item in _warmup(split.train, settings.warmup)]
             if asks:
                 send(url, settings, asks, session.progress)

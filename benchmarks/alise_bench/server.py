@@ -19,6 +19,7 @@ from alise_bench.errors import BenchError
 
 START_TIMEOUT_S: Final = 600.0
 SIDECAR_TIMEOUT_S: Final = 300.0
+_GAUGE_TIMEOUT_S: Final = 15.0
 _STOP_TIMEOUT_S: Final = 60.0
 _LOG_TAIL_LINES: Final = 25
 
@@ -104,6 +105,16 @@ def wait_for_sidecar(base_url: str) -> None:
 def is_sidecar_connected(base_url: str) -> bool:
     """Return whether an ALISE engine has its stream to the sidecar now."""
     return _sample(base_url, "alise_engine_sidecar_connected") > 0
+
+
+def has_trained_model(metrics_port: int) -> bool:
+    """Return whether a sidecar, asked at its metrics page, predicts: without a model it cannot."""
+    deadline = time.monotonic() + _GAUGE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if _sample(f"http://127.0.0.1:{metrics_port}", "alise_model_version") > 0:
+            return True
+        time.sleep(0.5)
+    return False
 
 
 def _sample(base_url: str, name: str) -> float:

@@ -55,13 +55,15 @@ def command(
     *,
     state_dir: Path | None = None,
     shared_dir: Path | None = None,
+    metrics_port: int = 0,
     oracle_file: Path | None = None,
     alise_options: tuple[str, ...] = (),
 ) -> list[str]:
     """Return the command line of one server.
 
-    `state_dir` (the sidecar's learned state) and `shared_dir` (of engine and sidecar) are for the
-    ALISE systems, `oracle_file` (true lengths by prompt key) for `alise-oracle` alone.
+    For the ALISE systems: `state_dir` (the sidecar's learned state), `shared_dir` (of engine and
+    sidecar) and `metrics_port` (the sidecar's; 0: none). For `alise-oracle` alone: `oracle_file`
+    (true lengths by prompt key).
     """
     # `vllm serve`, as `alise serve` itself starts it: the module only answers vLLM's question for
     # its own version, which fails in the CPU build.
@@ -79,7 +81,7 @@ def command(
         assert state_dir is not None, "an ALISE system has a state folder"
         assert shared_dir is not None, "and one that it shares with its sidecar"
         line += ["--alise-state-dir", str(state_dir), "--alise-shared-dir", str(shared_dir)]
-        line += ["--alise-metrics-port", "0", *alise_options]
+        line += ["--alise-metrics-port", str(metrics_port), *alise_options]
     if system is System.ALISE_ORACLE:
         assert oracle_file is not None, "alise-oracle has a file of true lengths"
         line += ["--alise-oracle-file", str(oracle_file)]
