@@ -273,16 +273,21 @@ def test_a_peer_that_talks_garbage(client_of: Callable[..., SidecarClient]) -> N
         listener.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_snapshot_of_many_long_prompts_fits_the_bound(
-    sidecar_of: Callable[..., Sidecar], client_of: Callable[..., SidecarClient]
+@pytest.mark.parametrize(("count", "prompt_tokens"), [(1000, 5000), (6000, 3)])
+def test_a_large_snapshot_fits_the_bounds(
+    sidecar_of: Callable[..., Sidecar],
+    client_of: Callable[..., SidecarClient],
+    count: int,
+    prompt_tokens: int,
 ) -> None:
     client = client_of(sidecar_of("--policy", "mlfq").address)
     eventually(client.wants_snapshot)
-    prompt = list(range(100_000, 105_000))
-    jobs = [Arrived(f"j{n}", 0.0, prompt, 100, 0.0, 0, "") for n in range(2000)]
-    client.send_snapshot(Snapshot(jobs=jobs))
+    prompt = list(range(100_000, 100_000 + prompt_tokens))
+    jobs = [Arrived(f"j{n}", 0.0, prompt, 100, 0.0, 0, "") for n in range(count)]
+    progress = [Progress(job.job_id, 1, [5], is_running=True) for job in jobs]
+    client.send_snapshot(Snapshot(jobs=jobs, progress=progress))
     received: set[str] = set()
     eventually(
-        lambda: received.update(e.job_id for e in client.receive(5000)) or len(received) == 2000,
+        lambda: received.update(e.job_id for e in client.receive(5000)) or len(received) == count,
         patience_s=120.0,
     )

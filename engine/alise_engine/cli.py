@@ -13,7 +13,11 @@ from typing import Annotated
 import typer
 from alise_scheduler.policy import Policy
 
-from alise_engine.default_model import DefaultModelMissingError, ensure_default_model
+from alise_engine.default_model import (
+    DefaultModelMissingError,
+    ensure_default_model,
+    has_fast_bfloat16,
+)
 from alise_engine.launcher import SCHEDULER_CLASS, Launcher, ServePlan, vllm_command
 from alise_engine.settings import EngineSettings, SettingsError
 from alise_engine.vllm_arguments import ServerAddress, has_option, option_value
@@ -21,6 +25,7 @@ from alise_engine.vllm_arguments import ServerAddress, has_option, option_value
 DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
 # Small and quick to start, on a CPU; any of them may be given explicitly.
 _DEFAULT_MODEL_OPTIONS = {
+    "--dtype": ["auto" if has_fast_bfloat16() else "float32"],
     "--enforce-eager": [],
     "--max-model-len": ["2048"],
     "--max-num-seqs": ["16"],

@@ -281,16 +281,21 @@ def _outgoing(connection: Connection, hello: pb.Hello) -> Iterator[pb.EngineMess
 
 
 def _bounded(events: list[pb.Event]) -> Iterator[list[pb.Event]]:
-    """Split `events` so that no message comes near the bound on its bytes."""
+    """Split `events` so that no message comes near the contract's bounds."""
     part: list[pb.Event] = []
-    size = 0
+    size_bytes = count = 0
     for event in events:
         event_bytes = event.ByteSize()
-        if part and size + event_bytes > protocol.MAX_MESSAGE_BYTES // 2:
+        event_count = 1 + len(event.snapshot.jobs) + len(event.snapshot.progress)
+        if part and (
+            size_bytes + event_bytes > protocol.MAX_MESSAGE_BYTES // 2
+            or count + event_count > protocol.MAX_EVENTS
+        ):
             yield part
-            part, size = [], 0
+            part, size_bytes, count = [], 0, 0
         part.append(event)
-        size += event_bytes
+        size_bytes += event_bytes
+        count += event_count
     if part:
         yield part
 

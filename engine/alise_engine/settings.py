@@ -71,7 +71,9 @@ def _tls(environ: Mapping[str, str]) -> TlsFiles | None:
         key=_path(environ, "ALISE_SCHEDULER_TLS_KEY"),
     )
     if (files.certificate is None) != (files.key is None):
-        raise SettingsError("ALISE_SCHEDULER_TLS_CERT and ALISE_SCHEDULER_TLS_KEY go together: set both or neither")
+        raise SettingsError(
+            "ALISE_SCHEDULER_TLS_CERT and ALISE_SCHEDULER_TLS_KEY go together: set both or neither"
+        )
     return files if files.ca or files.certificate else None
 
 
