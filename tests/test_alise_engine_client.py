@@ -17,8 +17,9 @@ from typing import Any
 import grpc
 import pytest
 from alise_engine.client import SidecarClient
-from alise_engine.events import Arrived, Finished, Progress, Snapshot
+from alise_engine.events import Arrived, Finished, Snapshot
 from alise_scheduler import protocol
+from alise_scheduler.events import Progress
 from alise_scheduler.v1 import scheduler_pb2 as pb
 from alise_scheduler.v1 import scheduler_pb2_grpc as pb_grpc
 

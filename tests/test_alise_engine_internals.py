@@ -7,12 +7,13 @@ import inspect
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+from alise_bench.scheduler_setup import build_scheduler
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
-from vllm_factories import create_request, create_scheduler
+from vllm_factories import create_request
 
 PINNED = "0.32.0"
 
@@ -71,7 +72,7 @@ def test_signature(function: object, parameters: list[str]) -> None:
     ],
 )
 def test_scheduler_attribute(name: str, tmp_path: object) -> None:
-    assert hasattr(create_scheduler(AsyncScheduler, tmp_path), name)  # type: ignore[arg-type]
+    assert hasattr(build_scheduler(AsyncScheduler, tmp_path), name)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_request_queue_asks_for_what_ours_has() -> None:
 
 
 def test_block_pool(tmp_path: object) -> None:
-    manager = create_scheduler(AsyncScheduler, tmp_path).kv_cache_manager  # type: ignore[arg-type]
+    manager = build_scheduler(AsyncScheduler, tmp_path).kv_cache_manager  # type: ignore[arg-type]
     assert isinstance(manager, KVCacheManager)
     assert manager.watermark_blocks >= 0
     assert 0 < manager.block_pool.get_num_free_blocks() <= manager.block_pool.num_gpu_blocks

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alise_bench.scheduler_setup import build_scheduler
 from alise_engine import scheduler as plugin
 from alise_engine.client import Costs, Estimate
-from alise_engine.events import Arrived, EngineEvent, Finished, Preempted, Snapshot
+from alise_engine.events import Arrived, EngineEvent, Finished, Snapshot
 from alise_engine.scheduler import AliseScheduler
+from alise_scheduler.events import Preempted
 from alise_scheduler.v1 import scheduler_pb2 as pb
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.request import Request, RequestStatus
-from vllm_factories import Driver, create_request, create_scheduler
+from vllm_factories import Driver, create_request
 
 
 class FakeClient:
@@ -63,7 +65,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(plugin, "SidecarClient", FakeClient)
 
     def create(**options: Any) -> tuple[AliseScheduler, FakeClient]:
-        scheduler = create_scheduler(AliseScheduler, tmp_path, **options)
+        scheduler = build_scheduler(AliseScheduler, tmp_path, **options)
         return scheduler, scheduler._client
 
     return create
@@ -88,7 +90,7 @@ def test_without_an_address_nothing_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ALISE_SCHEDULER", raising=False)
-    scheduler = create_scheduler(AliseScheduler, tmp_path)
+    scheduler = build_scheduler(AliseScheduler, tmp_path)
     assert isinstance(scheduler.waiting, FCFSRequestQueue)
     driver = Driver(scheduler)
     request = create_request(max_tokens=3)
@@ -99,7 +101,7 @@ def test_without_an_address_nothing_is_replaced(
 
 
 def test_a_better_waiting_job_takes_the_slot_of_the_worst(make: Any) -> None:
-    scheduler, client = make(max_num_seqs=2)
+    scheduler, client = make(slots=2)
     driver = Driver(scheduler)
     long_a, long_b = add(scheduler, 2)
     driver.step()
@@ -119,7 +121,7 @@ def test_a_better_waiting_job_takes_the_slot_of_the_worst(make: Any) -> None:
 
 def test_a_victim_does_not_come_back_in_the_same_step(make: Any) -> None:
     # The candidate needs more tokens than the step's budget leaves: a slot stays empty.
-    scheduler, client = make(max_num_seqs=1, max_num_batched_tokens=64)
+    scheduler, client = make(slots=1, max_num_batched_tokens=64)
     driver = Driver(scheduler)
     (long,) = add(scheduler, 1)
     driver.step()
@@ -132,7 +134,7 @@ def test_a_victim_does_not_come_back_in_the_same_step(make: Any) -> None:
 
 
 def test_waiting_jobs_follow_their_newest_estimates(make: Any) -> None:
-    scheduler, client = make(max_num_seqs=1)
+    scheduler, client = make(slots=1)
     driver = Driver(scheduler)
     first, *others = add(scheduler, 4)
     driver.step()
@@ -159,7 +161,7 @@ def test_estimates_of_unknown_jobs_are_ignored(make: Any) -> None:
 
 
 def test_a_lost_sidecar_means_arrival_order(make: Any) -> None:
-    scheduler, client = make(max_num_seqs=1)
+    scheduler, client = make(slots=1)
     driver = Driver(scheduler)
     jobs = add(scheduler, 4)
     client.estimates = [estimate(job, -float(i)) for i, job in enumerate(jobs)]
@@ -172,7 +174,7 @@ def test_a_lost_sidecar_means_arrival_order(make: Any) -> None:
 
 
 def test_a_new_stream_gets_all_live_jobs_and_then_events(make: Any) -> None:
-    scheduler, client = make(max_num_seqs=1)
+    scheduler, client = make(slots=1)
     driver = Driver(scheduler)
     jobs = add(scheduler, 3)
     assert client.events == []
@@ -215,7 +217,7 @@ def test_the_end_of_a_job_is_reported(make: Any, end: str, reason: int) -> None:
 
 
 def test_a_request_of_a_better_class_goes_first(make: Any) -> None:
-    scheduler, client = make(max_num_seqs=1, policy="priority")
+    scheduler, client = make(slots=1, policy="priority")
     driver = Driver(scheduler)
     (ordinary,) = add(scheduler, 1)
     driver.step()
@@ -227,7 +229,7 @@ def test_a_request_of_a_better_class_goes_first(make: Any) -> None:
 
 
 def test_without_classes_the_field_means_nothing_as_in_stock(make: Any) -> None:
-    scheduler, _ = make(max_num_seqs=1)
+    scheduler, _ = make(slots=1)
     first, _second = add(scheduler, 1)[0], add(scheduler, 1, priority=-5)[0]
     Driver(scheduler).step()
     assert running_ids(scheduler) == {first.request_id}
@@ -281,11 +283,11 @@ def test_without_estimates_every_step_is_stocks(
 ) -> None:
     options: dict[str, Any] = {
         "async_scheduling": batches_in_flight > 1,
-        "num_blocks": num_blocks,
+        "blocks": num_blocks,
         "max_num_batched_tokens": 128,
     }
     for seed in range(5):
-        stock = create_scheduler(AsyncScheduler, tmp_path, **options)
+        stock = build_scheduler(AsyncScheduler, tmp_path, **options)
         ours, _ = make(**options)
         run = {"batches_in_flight": batches_in_flight, "client": None}
         stock_trace, *_ = random_run(stock, seed, **run)
@@ -302,7 +304,7 @@ def test_no_job_is_lost_or_run_twice_whatever_the_estimates(
     for seed in range(10):
         scheduler, client = make(
             async_scheduling=batches_in_flight > 1,
-            num_blocks=num_blocks,
+            blocks=num_blocks,
             max_num_batched_tokens=128,
         )
         _, driver, requests = random_run(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from alise_scheduler.cost_model import CostModel, ServiceRates, StepCost, StepTiming, fit
+from alise_scheduler.cost_model import CostModel, ServiceRates, StepCost, fit
+from alise_scheduler.events import StepTiming
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 
 import pytest
-from alise_scheduler.cost_model import StepTiming
 from alise_scheduler.engine_state import EngineState, PolicySettings
 from alise_scheduler.estimates import remaining_tokens
 from alise_scheduler.events import (
@@ -16,6 +15,7 @@ from alise_scheduler.events import (
     Preempted,
     Progress,
     SnapshotEnd,
+    StepTiming,
 )
 from alise_scheduler.jobs import JobTable, next_milestone
 from alise_scheduler.policy import GAMMA_SHARE, Policy

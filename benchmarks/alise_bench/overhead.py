@@ -106,9 +106,9 @@ def measure_overheads(
 def _measure(folder: Path, slots: int, waiting: int, steps: int) -> Overhead:
     with _sidecar(folder, jobs=slots + waiting + 10_000) as address:
         os.environ["ALISE_SCHEDULER"] = address
-        stock = _Line(build_scheduler(AsyncScheduler, folder, slots, "fcfs"), slots, waiting)
+        stock = _Line(build_scheduler(AsyncScheduler, folder, slots=slots), slots, waiting)
         # As `alise serve` runs it.
-        scheduler = build_scheduler(AliseScheduler, folder, slots, "priority")
+        scheduler = build_scheduler(AliseScheduler, folder, slots=slots, policy="priority")
         try:
             ours = _Line(scheduler, slots, waiting)
             ours.settle()

@@ -23,10 +23,10 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 PROMPT_TOKENS: Final = 12
-_BLOCK_SIZE: Final = 16
+BLOCK_SIZE: Final = 16
 _MAX_MODEL_LEN: Final = 4096
-_EOS: Final = 2
-_ANY_TOKEN: Final = 7
+EOS_TOKEN_ID: Final = 2
+ANY_TOKEN_ID: Final = 7
 _TINY_LLAMA: Final = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -37,15 +37,27 @@ _TINY_LLAMA: Final = {
     "num_key_value_heads": 2,
     "vocab_size": 1000,
     "max_position_embeddings": _MAX_MODEL_LEN,
-    "eos_token_id": _EOS,
+    "eos_token_id": EOS_TOKEN_ID,
     "torch_dtype": "float32",
 }
 
 
-def build_scheduler(scheduler_class: type[Any], folder: Path, slots: int, policy: str) -> Any:
-    """Return a scheduler with `slots` and KV blocks that never run out."""
+def build_scheduler(
+    scheduler_class: type[Any],
+    folder: Path,
+    *,
+    slots: int = 4,
+    policy: str = "fcfs",
+    blocks: int | None = None,
+    max_num_batched_tokens: int = 8192,
+    async_scheduling: bool = False,
+) -> Any:
+    """Return a scheduler of a tiny Llama that is never loaded; `folder` gets its configuration.
+
+    KV blocks never run out unless `blocks` says how many there are.
+    """
     (folder / "config.json").write_text(json.dumps(_TINY_LLAMA), encoding="utf-8")
-    blocks = slots * _MAX_MODEL_LEN // _BLOCK_SIZE + 1
+    blocks = blocks or slots * _MAX_MODEL_LEN // BLOCK_SIZE + 1
     config = VllmConfig(
         model_config=ModelConfig(
             model=str(folder),
@@ -55,18 +67,20 @@ def build_scheduler(scheduler_class: type[Any], folder: Path, slots: int, policy
         ),
         scheduler_config=SchedulerConfig(
             max_num_seqs=slots,
-            max_num_batched_tokens=8192,
+            max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=_MAX_MODEL_LEN,
             is_encoder_decoder=False,
             enable_chunked_prefill=True,
             policy=policy,
         ),
-        cache_config=CacheConfig(block_size=_BLOCK_SIZE, enable_prefix_caching=True),
+        cache_config=CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=True),
         device_config=DeviceConfig("cpu"),
     )
+    # The platform of the CPU build turns it off; schedulers must be right in both modes.
+    config.scheduler_config.async_scheduling = async_scheduling
     config.cache_config.num_gpu_blocks = blocks
     spec = FullAttentionSpec(
-        block_size=_BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32
+        block_size=BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32
     )
     init_none_hash(sha256)
     return scheduler_class(
@@ -77,7 +91,7 @@ def build_scheduler(scheduler_class: type[Any], folder: Path, slots: int, policy
             kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
         ),
         structured_output_manager=StructuredOutputManager(config),
-        block_size=_BLOCK_SIZE,
+        block_size=BLOCK_SIZE,
         log_stats=True,
     )
 
@@ -94,22 +108,25 @@ def build_request(number: int) -> Request:
         prompt_token_ids=prompt_of(number),
         sampling_params=SamplingParams(max_tokens=_MAX_MODEL_LEN - PROMPT_TOKENS),
         pooling_params=None,
-        block_hasher=get_request_block_hasher(_BLOCK_SIZE, sha256),
+        block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
     )
 
 
-def answer(scheduler: Scheduler, output: SchedulerOutput, ending: Collection[str]) -> None:
-    """Give `scheduler` what a model would for `output`; jobs in `ending` end."""
+def answer(scheduler: Scheduler, output: SchedulerOutput, ending: Collection[str]) -> Any:
+    """Give `scheduler` what a model would for `output`; jobs in `ending` end. Returns its outputs.
+
+    A job that is gone by now gets a token, too: the model did not know.
+    """
     ids = list(output.num_scheduled_tokens)
-    sampled = [
-        []
-        if scheduler.requests[job_id].is_prefill_chunk
-        else [_EOS if job_id in ending else _ANY_TOKEN]
-        for job_id in ids
-    ]
+    sampled = []
+    for job_id in ids:
+        request = scheduler.requests.get(job_id)
+        is_past_prompt = request is None or not request.is_prefill_chunk
+        token_id = EOS_TOKEN_ID if job_id in ending else ANY_TOKEN_ID
+        sampled.append([token_id] if is_past_prompt else [])
     model_output = ModelRunnerOutput(
         req_ids=ids,
         req_id_to_index={job_id: index for index, job_id in enumerate(ids)},
         sampled_token_ids=sampled,
     )
-    scheduler.update_from_output(output, model_output)
+    return scheduler.update_from_output(output, model_output)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from alise_scheduler import protocol
+from alise_scheduler.events import Preempted, Progress, StepTiming
 from alise_scheduler.v1 import scheduler_pb2 as pb
 
 
@@ -28,24 +29,6 @@ class Arrived:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """How far an answer is, with the token ids since the last report."""
-
-    job_id: str
-    output_tokens: int
-    new_token_ids: Sequence[int]
-    is_running: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Preempted:
-    """A job that lost its slot."""
-
-    job_id: str
-    output_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class Finished:
     """A job that ended, however it did."""
 
@@ -59,16 +42,6 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One engine iteration: what ran, and how long it took."""
-
-    prefill_tokens: int
-    decode_jobs: int
-    context_tokens: int
-    duration_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class Snapshot:
     """All live jobs; the first thing that a new stream carries."""
 
@@ -76,10 +49,8 @@ class Snapshot:
     progress: Sequence[Progress] = field(default_factory=tuple)
 
 
-EngineEvent: TypeAlias = Arrived | Progress | Preempted | Finished | Step | Snapshot
+EngineEvent: TypeAlias = Arrived | Progress | Preempted | Finished | StepTiming | Snapshot
 
-MAX_NEW_TOKEN_IDS = 1024
-"""In one report; of more, the newest."""
 _JOBS_PER_SNAPSHOT = 500
 
 
@@ -97,7 +68,7 @@ def to_messages(event: EngineEvent) -> list[pb.Event]:
         ]
     if isinstance(event, Finished):
         return [pb.Event(finished=_finished(event))]
-    if isinstance(event, Step):
+    if isinstance(event, StepTiming):
         return [
             pb.Event(
                 step=pb.StepTiming(
@@ -152,7 +123,7 @@ def _progress(event: Progress) -> pb.JobProgress:
     return pb.JobProgress(
         job_id=event.job_id,
         output_tokens=event.output_tokens,
-        new_token_ids=event.new_token_ids[-MAX_NEW_TOKEN_IDS:],
+        new_token_ids=event.new_token_ids[-protocol.MAX_NEW_TOKEN_IDS :],
         is_running=event.is_running,
     )
 
@@ -162,7 +133,7 @@ def _finished(event: Finished) -> pb.JobFinished:
         job_id=event.job_id,
         reason=event.reason,
         output_tokens=event.output_tokens,
-        new_token_ids=event.new_token_ids[-MAX_NEW_TOKEN_IDS:],
+        new_token_ids=event.new_token_ids[-protocol.MAX_NEW_TOKEN_IDS :],
         finish_s=event.finish_s,
         first_token_s=event.first_token_s,
         preemptions=event.preemptions,

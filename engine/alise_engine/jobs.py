@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 
+from alise_scheduler.events import Progress
 from alise_scheduler.v1 import scheduler_pb2 as pb
 from vllm.v1.request import Request, RequestStatus
 
 from alise_engine.dispatch import OrderKey
-from alise_engine.events import Arrived, Finished, Progress
+from alise_engine.events import Arrived, Finished
 
 _REASONS = {
     RequestStatus.FINISHED_STOPPED: pb.FINISH_REASON_STOP,

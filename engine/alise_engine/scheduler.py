@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from alise_scheduler.events import Preempted, StepTiming
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -25,7 +26,7 @@ from vllm.v1.request import Request, RequestStatus
 from alise_engine import metrics
 from alise_engine.client import Costs, Estimate, SidecarClient
 from alise_engine.dispatch import OrderKey, Room, RunningJob, WaitingJob, choose_victims
-from alise_engine.events import Preempted, Snapshot, Step
+from alise_engine.events import Snapshot
 from alise_engine.hello import HelloMaker
 from alise_engine.job_queue import KeyedRequestQueue
 from alise_engine.jobs import JobRecord, arrived, finished, progress
@@ -65,7 +66,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._ranked_jobs = 0
         self._next_report_s = 0.0
         self._no_block_preemption_until_s = 0.0
-        self._steps: list[Step] = []
+        self._steps: list[StepTiming] = []
         self._open_step: tuple[float, int, int, int] | None = None
         self._unreported_preemptions = 0
         self._unreported_recomputed_tokens = 0
@@ -307,7 +308,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._open_step = None
         # With nobody running, the time since then includes waiting for a request.
         if self.running:
-            self._steps.append(Step(prefill_tokens, decode_jobs, context, now_s - began_s))
+            self._steps.append(StepTiming(prefill_tokens, decode_jobs, context, now_s - began_s))
 
     def _client_costs(self) -> Costs:
         assert self._client is not None

@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
+from alise_scheduler.events import StepTiming
+
 _WINDOW_STEPS: Final = 512
 _LOAD_STEPS: Final = 64
 _REFIT_STEPS: Final = 32  # the first fit needs as many, each next one this many more
@@ -26,17 +28,6 @@ _OUTLIER_RATIO: Final = 3.0
 _LEAST_RATE_S: Final = 1e-7  # a rate of 0 would say that tokens are free
 
 _Array: TypeAlias = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class StepTiming:
-    """One engine step: what ran in it, and how long it took."""
-
-    prefill_tokens: int
-    decode_jobs: int
-    context_tokens: int
-    """Sum over the jobs that decoded."""
-    duration_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
-from alise_scheduler.cost_model import CostModel, ServiceRates, StepTiming, moved
+from alise_scheduler.cost_model import CostModel, ServiceRates, moved
 from alise_scheduler.estimates import (
     Estimate,
     MeanTokens,
@@ -18,7 +18,7 @@ from alise_scheduler.estimates import (
     is_news,
     mean_service_s,
 )
-from alise_scheduler.events import Event, FinishReason
+from alise_scheduler.events import Event, FinishReason, StepTiming
 from alise_scheduler.jobs import Ended, Job, JobTable
 from alise_scheduler.lengths import Quantiles, mean, remaining_after
 from alise_scheduler.policy import Policy, PolicyParameters, gamma_for

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, TypeAlias
 
-from alise_scheduler.cost_model import StepTiming
-
 if TYPE_CHECKING:
     from alise_scheduler.predictor import PromptInput
 
@@ -60,6 +58,17 @@ class Finished:
     reason: FinishReason
     output_tokens: int
     new_token_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """One engine step: what ran in it, and how long it took."""
+
+    prefill_tokens: int
+    decode_jobs: int
+    context_tokens: int
+    """Sum over the jobs that decoded."""
+    duration_s: float
 
 
 @dataclass(frozen=True, slots=True)

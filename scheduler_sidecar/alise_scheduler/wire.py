@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from alise_scheduler import protocol
-from alise_scheduler.cost_model import StepTiming
 from alise_scheduler.engine_state import Update
 from alise_scheduler.events import (
     Arrived,
@@ -23,6 +22,7 @@ from alise_scheduler.events import (
     Preempted,
     Progress,
     SnapshotEnd,
+    StepTiming,
 )
 from alise_scheduler.lengths import Quantiles
 from alise_scheduler.predictor import PromptInput
