@@ -43,6 +43,7 @@ class FakePredictor:
         self.observed: list[tuple[FakeTracked, Outcome]] = []
         self.tables: list[Path] = []
         self.is_failing = False
+        self.failures = 0
         self.is_closed = False
 
     def load_token_table(self, path: Path) -> None:
@@ -55,6 +56,7 @@ class FakePredictor:
 
     def predict(self, jobs: Sequence[FakeTracked]) -> list[tuple[float, ...] | None]:
         if self.is_failing:
+            self.failures += 1
             raise RuntimeError("on purpose")
         self.batches.append(len(jobs))
         if not self.model_version:

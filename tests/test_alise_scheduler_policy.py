@@ -96,8 +96,8 @@ def test_large_gamma_is_fcfs_and_small_gamma_is_sjf() -> None:
     assert not is_short_first(10.0)
 
 
-def test_gamma_is_half_the_inverse_of_the_mean_service_time() -> None:
-    assert gamma_for(10.0) == pytest.approx(0.05)
+def test_gamma_is_a_share_of_the_inverse_of_the_mean_service_time() -> None:
+    assert gamma_for(10.0) == pytest.approx(0.075)
     assert math.isfinite(gamma_for(0.0))
 
 

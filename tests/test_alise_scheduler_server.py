@@ -59,8 +59,9 @@ def test_a_short_job_goes_before_a_long_one_that_came_earlier(tmp_path: Path) ->
             assert 400 < estimates["long"].remaining_tokens < 1800
 
             await stream.send(progress("long", 100, new=100))
-            later = (await stream.estimates("long"))["long"]
-            assert later.at_output_tokens == 100
+            # As gamma follows the jobs seen, the first estimate may have been corrected meanwhile.
+            while (await stream.estimates("long"))["long"].at_output_tokens != 100:
+                pass
             await stream.send(finished("long", 110), finished("short", 4, pb.FINISH_REASON_LENGTH))
             while len(predictor.observed) < 2:
                 await asyncio.sleep(0.01)
@@ -72,7 +73,9 @@ def test_a_short_job_goes_before_a_long_one_that_came_earlier(tmp_path: Path) ->
         assert predictor.observed[0][0].token_ids == [7] * 100
         sequences = [message.sequence for message in stream.received]
         assert sequences == list(range(1, len(sequences) + 1))
-        assert stream.received[1].update.HasField("cost_model")
+        updates = [m.update for m in stream.received if m.HasField("update")]
+        first = next(u for u in updates if u.ByteSize())  # those without content are heartbeats
+        assert first.HasField("cost_model")
         assert predictor.is_closed
 
     run(scenario())
@@ -83,12 +86,13 @@ def test_without_a_model_nothing_is_said_and_then_all_jobs_are(tmp_path: Path) -
         predictor = FakePredictor(model_version=0)
         async with sidecar(tmp_path, predictor) as target, engine(target) as stream:
             await stream.send(arrived("a"), arrived("b"))
-            update = (await stream.read()).update
+            while not (update := (await stream.read()).update).ByteSize():
+                pass  # a heartbeat
             assert not update.estimates
             assert update.HasField("cost_model")
             predictor.model_version = 3
             assert (await stream.estimates("a", "b")).keys() == {"a", "b"}
-            assert stream.received[-1].update.model_version == 3
+            assert any(m.update.model_version == 3 for m in stream.received)
 
     run(scenario())
 
@@ -99,7 +103,8 @@ def test_a_failing_predictor_leaves_the_stream_open(tmp_path: Path) -> None:
         predictor.is_failing = True
         async with sidecar(tmp_path, predictor) as target, engine(target) as stream:
             await stream.send(arrived("a"))
-            await stream.read()
+            while not predictor.failures:
+                await asyncio.sleep(0.01)
             predictor.is_failing = False
             await stream.send(arrived("b"))
             assert "a" not in await stream.estimates("b")
