@@ -12,6 +12,7 @@ from alise_engine.dispatch import (
     RunningJob,
     WaitingJob,
     choose_victims,
+    is_far_behind,
     is_worth_preempting,
 )
 from hypothesis import given
@@ -176,3 +177,11 @@ def test_two_jobs_never_evict_each_other_in_turn(
         victim.job_id, victim.key, victim.is_ranked, victim.remaining_s, victim.blocks
     )
     assert not is_worth_preempting(loser, winner, math.inf, PARAMETERS)
+
+
+@given(waiting_jobs, running_jobs)
+def test_the_cheap_check_never_hides_a_preemption(
+    candidate: WaitingJob, victim: RunningJob
+) -> None:
+    if is_worth_preempting(candidate, victim, math.inf, PARAMETERS):
+        assert is_far_behind(victim.key, candidate.key, PARAMETERS)

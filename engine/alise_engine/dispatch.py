@@ -82,16 +82,27 @@ class DispatchParameters:
     max_preemptions_per_step: int = 4
 
 
+def is_far_behind(victim: OrderKey, candidate: OrderKey, parameters: DispatchParameters) -> bool:
+    """Say whether the order alone lets `candidate` preempt `victim`; cheap, asked in each step."""
+    if candidate[0] != victim[0]:
+        return candidate[0] < victim[0]
+    return victim[1] - candidate[1] > parameters.margin_s
+
+
 def is_worth_preempting(
     candidate: WaitingJob, victim: RunningJob, wait_s: float, parameters: DispatchParameters
 ) -> bool:
     """Say whether `candidate`, who would wait for `wait_s`, should have the place of `victim`."""
     if not (candidate.is_ranked and victim.is_ranked and victim.is_preemptible):
         return False
-    if candidate.key[0] != victim.key[0]:
-        return candidate.key[0] < victim.key[0]
+    if not is_far_behind(victim.key, candidate.key, parameters):
+        return False
     cost_s = parameters.cost_weight * victim.recompute_s
-    if min(victim.key[1] - candidate.key[1], wait_s) <= parameters.margin_s + cost_s:
+    if wait_s <= parameters.margin_s + cost_s:
+        return False
+    if candidate.key[0] != victim.key[0]:
+        return True
+    if victim.key[1] - candidate.key[1] <= parameters.margin_s + cost_s:
         return False
     if victim.remaining_s is None or candidate.remaining_s is None:
         return True

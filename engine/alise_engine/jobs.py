@@ -28,6 +28,7 @@ class JobRecord:
         "class_",
         "first_token_s",
         "is_ranked",
+        "key",
         "number",
         "priority",
         "remaining_tokens",
@@ -40,17 +41,18 @@ class JobRecord:
         self.class_ = class_
         self.number = number  # order of arrival: breaks ties
         self.arrival_s = arrival_s
-        self.priority = arrival_s  # FCFS until the sidecar says otherwise
+        self.key: OrderKey
+        self.rank(arrival_s)  # FCFS until the sidecar says otherwise
         self.is_ranked = False
         self.remaining_tokens: float | None = None
         self.at_output_tokens = 0
         self.reported_tokens = 0
         self.first_token_s = 0.0
 
-    @property
-    def key(self) -> OrderKey:
-        """Return where the job stands in the order."""
-        return (self.class_, self.priority, self.number)
+    def rank(self, priority: float) -> None:
+        """Move the job in the order; whoever files it by its key must file it anew."""
+        self.priority = priority
+        self.key = (self.class_, priority, self.number)
 
     def expected_tokens(self) -> float | None:
         """Return the tokens still expected now; None when the policy needs no estimate."""

@@ -25,7 +25,14 @@ from vllm.v1.request import Request, RequestStatus
 
 from alise_engine import metrics
 from alise_engine.client import Costs, Estimate, SidecarClient
-from alise_engine.dispatch import OrderKey, Room, RunningJob, WaitingJob, choose_victims
+from alise_engine.dispatch import (
+    OrderKey,
+    Room,
+    RunningJob,
+    WaitingJob,
+    choose_victims,
+    is_far_behind,
+)
 from alise_engine.events import Snapshot
 from alise_engine.hello import HelloMaker
 from alise_engine.job_queue import KeyedRequestQueue
@@ -175,7 +182,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         record.remaining_tokens = estimate.remaining_tokens
         record.at_output_tokens = estimate.at_output_tokens
         if record.priority != estimate.priority:
-            record.priority = estimate.priority
+            record.rank(estimate.priority)
             self._reorder(record.request)
 
     def _reorder(self, request: Request) -> None:
@@ -187,7 +194,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             if record.is_ranked:
                 record.is_ranked = False
                 record.remaining_tokens = None
-                record.priority = record.arrival_s
+                record.rank(record.arrival_s)
                 self._reorder(record.request)
         self._ranked_jobs = 0
 
@@ -195,8 +202,16 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         """Preempt whom dispatch names; return them, taken out of the waiting queue."""
         if not self._settings.preempts or not self.waiting or not self.running:
             return []
+        if self._free_slots() < 1 and not is_far_behind(
+            self._key_of(self.running[-1]),
+            self._key_of(self.waiting.peek_request()),
+            self._settings.dispatch,
+        ):
+            return []
         costs = self._client_costs()
         room = self._room(now_s, costs)
+        if room.slots < 1 and room.wait_s(0) <= self._settings.dispatch.margin_s:
+            return []
         worst = self.running[: -_VICTIMS_CONSIDERED - 1 : -1]
         running = [self._running_job(request, costs) for request in worst]
         waiting = self._waiting_jobs(costs)
@@ -222,15 +237,18 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._preempt_request(request, now_s, drop_stale_output=self.requires_kv_delivery)
         self.waiting.remove_request(request)
 
+    def _free_slots(self) -> int:
+        taken: int = len(self.running) + self.num_waiting_for_streaming_input
+        return int(self.max_num_active_reqs) - taken
+
     def _room(self, now_s: float, costs: Costs) -> Room:
-        slots = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
         pool = self.kv_cache_manager.block_pool
         blocks = pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
         if now_s < self._no_block_preemption_until_s:
             blocks = pool.num_gpu_blocks
         tokens = [self._jobs[request.request_id].expected_tokens() for request in self.running]
         known = sorted(t * costs.decode_s_per_token for t in tokens if t is not None)
-        return Room(slots=slots, blocks=blocks, frees_s=known)
+        return Room(slots=self._free_slots(), blocks=blocks, frees_s=known)
 
     def _waiting_jobs(self, costs: Costs) -> Iterator[WaitingJob]:
         for request in self.waiting:
