@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from alise_engine.default_model import has_fast_bfloat16
+from alise_engine.vllm_arguments import has_option
+
 from alise_bench.replay_table import REPLAY_FILE_VARIABLE
 
 
@@ -73,6 +76,8 @@ def command(
     line += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", SERVED_NAME]
     line += ["--max-num-seqs", str(settings.slots), "--max-model-len", str(settings.max_model_len)]
     line += ["--enforce-eager", *settings.vllm_options]
+    if not has_option(settings.vllm_options, "--dtype") and not has_fast_bfloat16():
+        line += ["--dtype", "float32"]
     if settings.replay_file is not None:
         line += ["--logits-processors", "alise_bench.replay:ReplayRecordedAnswers"]
     if system is System.PRIORITY_ORACLE:
