@@ -82,7 +82,7 @@ def test_extend_stores_what_was_seen_at_each_milestone(learned: Predictor) -> No
     job.extend(range(10, 30), 20)
     job.extend([12], 40)  # a gap
     job.extend([12], 40)
-    assert [s.output_tokens for s in job._snapshots] == [8, 16, 32]
+    assert [s.output_tokens for s in job.snapshots] == [8, 16, 32]
 
 
 def test_a_flood_of_aborted_jobs_does_not_make_answers_look_short(table: Path) -> None:

@@ -71,7 +71,7 @@ def fold(states: Sequence[AnswerState], table: TokenTable) -> None:
     ]
     sizes = np.array([len(part) for part in parts])
     starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
-    rows = table.rows(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))
+    rows = table.rows(np.fromiter(chain.from_iterable(parts), dtype=np.int64))
     kinds = table.properties[rows]
     is_old = np.zeros(len(rows), dtype=np.bool_)
     is_old[starts] = True
@@ -124,16 +124,17 @@ def answer_features(
         ]
     )
     seen = np.array([[max(state.seen_tokens, 1)] for state in states], dtype=np.float32)
-    counts = np.stack([state.counts for state in states])
+    counts = np.array([state.counts for state in states])
     tails = [state.tail or [table.vocabulary] for state in states]
     starts = np.concatenate(([0], np.cumsum([len(tail) for tail in tails])[:-1]))
     rows = np.fromiter(chain.from_iterable(tails), dtype=np.int64)
-    last = np.add.reduceat(table.properties[rows], starts, dtype=np.float32)
+    # Cast first: reduceat with a type of its own goes through buffers.
+    last = np.add.reduceat(table.properties[rows].astype(np.float32), starts)
     end = STRUCTURE
     for block in (np.log1p(counts), counts / seen, last):
         dense[:, end : end + _PROPERTIES] = block
         end += _PROPERTIES
-    sums = np.stack([state.embedding_sum for state in states])
+    sums = np.array([state.embedding_sum for state in states])
     dense[:, end:] = sums / seen
     return dense
 

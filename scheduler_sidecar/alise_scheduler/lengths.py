@@ -21,8 +21,8 @@ _MASS_POINTS: Final = 20
 _TAIL_LEVEL: Final = 0.995
 # A job that outlived its whole predicted distribution: lengths have heavy tails, so what is left
 # grows with what has passed (Lindy's law), here by this share.
-_OUTLIVED_SHARE: Final = 0.35
-_OUTLIVED_MIN_TOKENS: Final = 8.0
+OUTLIVED_SHARE: Final = 0.35
+OUTLIVED_MIN_TOKENS: Final = 8.0
 
 
 # A running job asks for the same distribution at each report of its progress.
@@ -53,7 +53,7 @@ def remaining_after(quantiles: Quantiles, lived_tokens: float) -> tuple[float, .
     left = tuple(p - lived_tokens for p in mass_points(quantiles) if p > lived_tokens)
     if left:
         return left
-    return (max(_OUTLIVED_MIN_TOKENS, _OUTLIVED_SHARE * lived_tokens),)
+    return (max(OUTLIVED_MIN_TOKENS, OUTLIVED_SHARE * lived_tokens),)
 
 
 def mean(points: tuple[float, ...]) -> float:

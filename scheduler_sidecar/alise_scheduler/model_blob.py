@@ -6,12 +6,12 @@ import io
 from typing import Any
 
 import numpy as np
-import xgboost
 
 from alise_scheduler.quantile_model import QuantileModel
 from alise_scheduler.retrieval import Retrieval
 from alise_scheduler.ridge import Ridge
 from alise_scheduler.training import AnswerModel, ArrivalModel, Models
+from alise_scheduler.trees import Trees
 
 _RIDGE = (
     "mean",
@@ -21,10 +21,11 @@ _RIDGE = (
     "weights",
     "linear",
     "targets",
-    "bag_idf",
+    "buckets",
     "bag_weights",
 )
-_RETRIEVAL = ("mean", "projection", "stored", "target")
+_RETRIEVAL = ("projection", "center", "stored", "target")
+_TREES = ("features", "thresholds", "leaves", "base")
 
 
 class ModelBlobError(ValueError):
@@ -41,6 +42,7 @@ def models_to_bytes(models: Models) -> bytes:
     if models.answer is not None:
         _put_ridge(arrays, "answer", models.answer.ridge)
         _put_quantiles(arrays, "answer", models.answer.quantiles)
+        arrays["answer.share"] = np.float64(models.answer.share)
     file = io.BytesIO()
     np.savez(file, **arrays)
     return file.getvalue()
@@ -59,7 +61,8 @@ def models_from_bytes(blob: bytes) -> Models:
         arrival = ArrivalModel(_ridge(arrays, "arrival"), retrieval, _quantiles(arrays, "arrival"))
         answer = None
         if "answer.blocks" in arrays:
-            answer = AnswerModel(_ridge(arrays, "answer"), _quantiles(arrays, "answer"))
+            share = float(arrays["answer.share"])
+            answer = AnswerModel(_ridge(arrays, "answer"), _quantiles(arrays, "answer"), share)
         return Models(arrival, answer)
     except Exception as error:
         raise ModelBlobError(f"unreadable model: {error}") from error
@@ -79,13 +82,11 @@ def _ridge(arrays: dict[str, Any], prefix: str) -> Ridge:
 
 
 def _put_quantiles(arrays: dict[str, Any], prefix: str, model: QuantileModel) -> None:
-    raw = model.booster.save_raw(raw_format="ubj")
-    arrays[f"{prefix}.booster"] = np.frombuffer(raw, dtype=np.uint8)
     arrays[f"{prefix}.shifts"] = model.shifts
+    for name in _TREES:
+        arrays[f"{prefix}.trees.{name}"] = getattr(model.trees, name)
 
 
 def _quantiles(arrays: dict[str, Any], prefix: str) -> QuantileModel:
-    booster = xgboost.Booster()
-    booster.load_model(bytearray(arrays[f"{prefix}.booster"].tobytes()))
-    booster.set_param({"nthread": 1})
-    return QuantileModel(booster, arrays[f"{prefix}.shifts"])
+    trees = Trees(*(arrays[f"{prefix}.trees.{name}"] for name in _TREES))
+    return QuantileModel(trees, arrays[f"{prefix}.shifts"])

@@ -14,20 +14,19 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 from threadpoolctl import threadpool_limits
 
-from alise_scheduler.answer_features import AnswerState, answer_bag, answer_features
-from alise_scheduler.lengths import QUANTILE_LEVELS, Quantiles, remaining_after
-from alise_scheduler.prompt_features import PromptFeatures, PromptInput, prompt_features
+from alise_scheduler.forecast import forecast
+from alise_scheduler.lengths import Quantiles
+from alise_scheduler.prompt_features import PromptInput
 from alise_scheduler.quality import Quality, QualityWindow
 from alise_scheduler.sample_blob import EncodedSample, encode
 from alise_scheduler.store import SampleStore, StoredModel
 from alise_scheduler.token_table import TokenTable, TokenTableError, read_token_table
+from alise_scheduler.tracked_job import Outcome, TrackedJob
 from alise_scheduler.train_worker import (
     TrainRequest,
     TrainWorkerError,
@@ -35,8 +34,8 @@ from alise_scheduler.train_worker import (
     train_here,
     train_in_worker,
 )
-from alise_scheduler.trainer import Trained
-from alise_scheduler.training import Array, Models, Sample, Snapshot, answer_rows
+from alise_scheduler.trainer import UNTRAINED, Trained
+from alise_scheduler.training import Models
 
 __all__ = [
     "Outcome",
@@ -48,20 +47,9 @@ __all__ = [
     "TrackedJob",
 ]
 
-MILESTONES_TOKENS: Final = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-# The answer model has never seen younger answers: the prompt's distribution, conditioned, is used.
-_MIN_ANSWER_TOKENS: Final = MILESTONES_TOKENS[0]
 _NO_TABLE: Final = "numeric"
 
 _log = logging.getLogger(__name__)
-
-
-class Outcome(Enum):
-    """How a job ended."""
-
-    COMPLETE = "complete"
-    CENSORED = "censored"
-    """Aborted or capped: the true length is at least the output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,48 +68,6 @@ class PredictorSettings:
     quality_window: int = 500
 
 
-class TrackedJob:
-    """A live job: its prompt's features and running sums over its answer. Made by `track`."""
-
-    __slots__ = ("_answer", "_arrival", "_features", "_first", "_prompt", "_snapshots", "_table")
-
-    def __init__(
-        self, prompt: PromptInput, features: PromptFeatures, table: TokenTable | None
-    ) -> None:
-        self._prompt = max(prompt.max_tokens, 0)
-        self._features = features
-        self._table = table
-        self._answer = AnswerState()
-        self._snapshots: list[Snapshot] = []
-        self._arrival: tuple[Models, Array, float] | None = None
-        self._first: Quantiles | None = None
-
-    @property
-    def output_tokens(self) -> int:
-        """Tokens of the answer so far."""
-        return self._answer.output_tokens
-
-    def extend(self, new_token_ids: Sequence[int], output_tokens: int) -> None:
-        """Note the answer's newest tokens; the last of them is number `output_tokens`.
-
-        Ids may be missing (a gap) or repeated (those up to the present count are ignored).
-        """
-        done = self._answer.output_tokens
-        first_new = output_tokens - len(new_token_ids)
-        for milestone in MILESTONES_TOKENS:
-            if done < milestone <= output_tokens:
-                upto = max(milestone - first_new, 0)
-                self._answer.extend(new_token_ids[:upto], milestone)
-                self._snap()
-        self._answer.extend(new_token_ids, output_tokens)
-
-    def _snap(self) -> None:
-        dense = answer_features([self._answer], self._table)[0]
-        self._snapshots.append(
-            Snapshot(self._answer.output_tokens, dense.astype(np.float16), answer_bag(self._answer))
-        )
-
-
 class Predictor:
     """Predicts what remains of jobs, learns from those that finished."""
 
@@ -132,7 +78,7 @@ class Predictor:
         self._table: TokenTable | None = None
         self._fingerprint = _NO_TABLE
         self._models: Models | None = None
-        self._trained = Trained(version=0, trained_unix_s=0.0, samples_seen=0, loss=float("nan"))
+        self._trained = UNTRAINED
         self._samples: deque[EncodedSample] = deque(maxlen=settings.max_samples)
         self._seen = 0
         self._next_training = settings.min_samples
@@ -195,43 +141,31 @@ class Predictor:
 
     def track(self, prompt: PromptInput) -> TrackedJob:
         """Return a job for `prompt`, to be passed to the other methods."""
-        return TrackedJob(prompt, prompt_features(prompt, self._table), self._table)
+        return TrackedJob(prompt, self._table)
 
     def predict(self, jobs: Sequence[TrackedJob]) -> list[Quantiles | None]:
         """Return for each job quantiles of its *remaining* length, tokens; None without a model."""
         models = self._models
         result: list[Quantiles | None] = [None] * len(jobs)
-        known = [i for i, job in enumerate(jobs) if job._table is self._table]
-        if models is None or not known:
+        if models is None:
             return result
-        self._predict_arrivals([jobs[i] for i in known], models)
-        in_answer = [i for i in known if _is_in_answer(jobs[i], models)]
-        later = dict(zip(in_answer, _remaining([jobs[i] for i in in_answer], models), strict=True))
-        for i in known:
-            job = jobs[i]
-            assert job._arrival is not None
-            quantiles = later.get(i)
-            if quantiles is None:
-                quantiles = _conditioned(job._arrival[1], job.output_tokens)
-            limit = float(max(job._prompt - job.output_tokens, 1)) if job._prompt else 1e9
-            result[i] = tuple(min(max(q, 1.0), limit) for q in quantiles)
-            if job._first is None and job.output_tokens == 0:
-                job._first = result[i]
+        known = [i for i, job in enumerate(jobs) if job.table is self._table]
+        for i, quantiles in zip(known, forecast([jobs[i] for i in known], models), strict=True):
+            result[i] = quantiles
+            if jobs[i].first is None and jobs[i].output_tokens == 0:
+                jobs[i].first = quantiles
         return result
 
     def observe(self, job: TrackedJob, outcome: Outcome) -> None:
         """Learn from a job that has ended with its present `output_tokens`."""
-        if job._table is not self._table or job.output_tokens == 0:
+        if job.table is not self._table or job.output_tokens == 0:
             return
-        is_censored = outcome is Outcome.CENSORED
-        sample = encode(
-            Sample(job._features, tuple(job._snapshots), job.output_tokens, is_censored)
-        )
+        sample = encode(job.sample(outcome))
         with self._lock:
             self._samples.append(sample)
             self._seen += 1
-            if job._first is not None and not is_censored:
-                self._window.add(job._first, job.output_tokens)
+            if job.first is not None and outcome is Outcome.COMPLETE:
+                self._window.add(job.first, job.output_tokens)
             due = self._seen >= self._next_training or (
                 self._window.is_drifting(self._trained.loss)
                 and self._seen >= self._trained.samples_seen + self._settings.retrain_after
@@ -305,45 +239,10 @@ class Predictor:
         with self._lock:
             self._table, self._fingerprint = table, fingerprint
             self._samples = deque(samples, maxlen=self._settings.max_samples)
-            self._models, self._trained = fitted or (
-                None,
-                Trained(version=0, trained_unix_s=0.0, samples_seen=0, loss=float("nan")),
-            )
+            self._models, self._trained = fitted or (None, UNTRAINED)
             self._seen = max(len(samples), self._trained.samples_seen)
             self._window = QualityWindow(self._settings.quality_window)
             growth = int(self._trained.samples_seen * (1 + self._settings.retrain_growth))
             self._next_training = max(self._settings.min_samples, growth)
         if self._models is None and len(samples) >= self._settings.min_samples:
             self._wake.set()
-
-    def _predict_arrivals(self, jobs: Sequence[TrackedJob], models: Models) -> None:
-        stale = [job for job in jobs if job._arrival is None or job._arrival[0] is not models]
-        if not stale:
-            return
-        dense = np.stack([job._features.dense for job in stale])
-        logs, ranks = models.arrival.predict(dense, [job._features.bag for job in stale])
-        for job, row, value in zip(stale, logs, ranks.tolist(), strict=True):
-            job._arrival = (models, row, value)
-
-
-def _is_in_answer(job: TrackedJob, models: Models) -> bool:
-    return models.answer is not None and job.output_tokens >= _MIN_ANSWER_TOKENS
-
-
-def _remaining(jobs: Sequence[TrackedJob], models: Models) -> list[Quantiles]:
-    if not jobs or models.answer is None:
-        return []
-    answers = answer_features([job._answer for job in jobs], jobs[0]._table)
-    prompts = np.stack([job._features.dense for job in jobs])
-    ranks = np.array([job._arrival[2] for job in jobs if job._arrival], dtype=np.float32)
-    rows = answer_rows(answers, prompts, ranks, models.arrival.ridge.to_target(ranks))
-    logs = models.answer.predict(rows, [answer_bag(job._answer) for job in jobs])
-    return [tuple(row) for row in np.exp(np.minimum(logs, 16.0)).tolist()]
-
-
-def _conditioned(log_quantiles: Array, lived_tokens: int) -> Quantiles:
-    quantiles: Quantiles = tuple(np.exp(np.minimum(log_quantiles, 16.0)).tolist())
-    if lived_tokens == 0:
-        return quantiles
-    left = remaining_after(quantiles, lived_tokens)
-    return tuple(np.quantile(left, QUANTILE_LEVELS).tolist())

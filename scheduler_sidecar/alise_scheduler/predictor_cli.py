@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from alise_scheduler.evaluation import Conversation, Latency, Report
+    from alise_scheduler.evaluation import Conversation, Latencies, Report
 
 app = typer.Typer(
     name="predictor",
@@ -72,7 +72,7 @@ def evaluate(
         Path | None, typer.Option("--json", dir_okay=False, help="Also write the figures here.")
     ] = None,
     latency: Annotated[
-        bool, typer.Option("--latency", help="Also time predictions (on an idle machine).")
+        bool, typer.Option("--latency", help="Also time predictions, by the wall and in CPU time.")
     ] = False,
 ) -> None:
     """Train on a share of FILE.jsonl and score the predictions for the rest."""
@@ -135,7 +135,7 @@ def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def _print(file: Path, report: Report, latency: Latency | None) -> None:
+def _print(file: Path, report: Report, latency: Latencies | None) -> None:
     typer.echo(f"{file.name}: {report.train_jobs} jobs to train on, {report.test_jobs} not seen")
     typer.echo(
         f"  at arrival           tau-b {report.tau_b:.3f}   MAE {report.mae_tokens:.0f} tokens"
@@ -149,12 +149,13 @@ def _print(file: Path, report: Report, latency: Latency | None) -> None:
             f"   (from the prompt alone {report.tau_b_remaining_by_prompt[tokens]:.3f})"
         )
     if latency is not None:
-        typer.echo(
-            f"  one prompt           {latency.single_median_ms:.2f} ms median,"
-            f" {latency.single_p99_ms:.2f} ms p99"
-        )
-        typer.echo(f"  in batches           {latency.batched_prompts_per_s:.0f} prompts/s")
-        typer.echo(f"  256 answers          {latency.refresh_256_ms:.1f} ms a refresh")
+        for clock, figures in (("wall", latency.wall), ("CPU", latency.cpu)):
+            typer.echo(
+                f"  {clock:4} time            {figures.single_median_ms:.2f} ms median,"
+                f" {figures.single_p99_ms:.2f} ms p99 for one prompt;"
+                f" {figures.batched_prompts_per_s:.0f} prompts/s in batches;"
+                f" {figures.refresh_256_ms:.1f} ms to refresh 256 answers"
+            )
 
 
 def _failure(message: str) -> typer.Exit:

@@ -69,12 +69,12 @@ def prompt_features(prompt: PromptInput, table: TokenTable | None) -> PromptFeat
     start, end = spans[-1]
     dense[7:NUMERIC] = _structure(spans, len(rows))
     own = rows[start:end]
-    counts = properties[start:end].sum(0, dtype=np.float32)
+    counts = np.ones(end - start, dtype=np.float32) @ properties[start:end].astype(np.float32)
     dense[NUMERIC:LEXICAL] = np.concatenate((np.log1p(counts), counts / len(own)))
     vectors = table.embedding[own].astype(np.float32)
     weight = table.weight[own]
     dense[LEXICAL : LEXICAL + DIMENSIONS] = weight @ vectors / max(float(weight.sum()), 1e-6)
-    dense[LEXICAL + DIMENSIONS :] = vectors[:FIRST_TOKENS].mean(0)
+    dense[LEXICAL + DIMENSIONS :] = vectors[:FIRST_TOKENS].sum(0) / len(vectors[:FIRST_TOKENS])
     bag = hashed_bag(table.word_hash[own])
     return PromptFeatures(dense, np.union1d(bag, lora) if len(lora) else bag)
 
@@ -143,14 +143,18 @@ def hashed_bag(word_hash: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint16]:
     opening = words[:_OPENING_WORDS] * _OPENING_SALT + np.arange(
         min(len(words), _OPENING_WORDS), dtype=np.uint32
     )
-    return np.unique(np.concatenate((bag_buckets(words).ravel(), _bucket(opening))))
+    buckets = np.concatenate((bag_buckets(words).ravel(), _bucket(opening)))
+    buckets.sort()
+    is_new = np.ones(len(buckets), dtype=np.bool_)
+    np.not_equal(buckets[1:], buckets[:-1], out=is_new[1:])
+    return buckets[is_new]
 
 
 def bag_buckets(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint16]:
     """Return uint16 [2, len(words)]: buckets of each word, and of its pair with the one before."""
     pairs = words.copy()
     pairs[1:] ^= words[:-1] * _BIGRAM
-    return _bucket(np.stack((words, pairs)))
+    return _bucket(np.concatenate((words, pairs))).reshape(2, -1)
 
 
 def _bucket(hashes: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint16]:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import xgboost
 
 from alise_scheduler.lengths import QUANTILE_LEVELS
+from alise_scheduler.trees import DEPTH, Trees, flatten
 
 Array = npt.NDArray[np.float32]
 
@@ -26,21 +27,20 @@ _TREES: Final = 60
 class QuantileModel:
     """Quantiles of log-lengths at `QUANTILE_LEVELS`."""
 
-    booster: Any
-    shifts: Array  # [levels], added to the booster's quantiles
+    trees: Trees
+    shifts: Array  # [levels], added to the trees' quantiles
 
     def predict(self, rows: Array) -> Array:
         """Return float32 [n, levels], ascending in each row."""
-        raw = self.booster.inplace_predict(rows).reshape(len(rows), len(QUANTILE_LEVELS))
-        return np.sort(raw + self.shifts, axis=1)
+        return np.sort(self.trees.predict(rows) + self.shifts, axis=1)
 
 
 def fit_quantiles(
     rows: Array, target: Array, groups: npt.NDArray[np.int64], rng: np.random.Generator
-) -> QuantileModel:
-    """Fit on `rows` [n, width], rising with the first column.
+) -> tuple[QuantileModel, Array]:
+    """Fit on `rows` [n, width], rising with the first column; return also held-out quantiles.
 
-    The coverage is corrected on folds that part the `groups`.
+    The coverage is corrected on folds that part the `groups`, and so are the quantiles held out.
     """
     unique = np.unique(groups)
     fold_of = dict(zip(unique.tolist(), rng.permutation(len(unique)) % _FOLDS, strict=True))
@@ -52,8 +52,12 @@ def fit_quantiles(
             booster = _train(rows[~test], target[~test])
             held_out[test] = booster.inplace_predict(rows[test]).reshape(-1, len(QUANTILE_LEVELS))
     errors = target[:, None] - held_out
-    shifts = [np.quantile(errors[:, i], level) for i, level in enumerate(QUANTILE_LEVELS)]
-    return QuantileModel(_train(rows, target), np.array(shifts, dtype=np.float32))
+    shifts = np.array(
+        [np.quantile(errors[:, i], level) for i, level in enumerate(QUANTILE_LEVELS)],
+        dtype=np.float32,
+    )
+    trees = flatten(_train(rows, target), rows.shape[1], len(QUANTILE_LEVELS))
+    return QuantileModel(trees, shifts), np.sort(held_out + shifts, axis=1)
 
 
 def _train(rows: Array, target: Array) -> Any:
@@ -62,11 +66,10 @@ def _train(rows: Array, target: Array) -> Any:
         "quantile_alpha": list(QUANTILE_LEVELS),
         "tree_method": "hist",
         "max_bin": 64,
-        "max_depth": 3,
+        "max_depth": DEPTH,
         "monotone_constraints": (1,) + (0,) * (rows.shape[1] - 1),
         "eta": 0.09,
         "subsample": 0.7,
-        "colsample_bytree": 0.6,
         "min_child_weight": max(8.0, math.sqrt(len(rows)) / 2),
         "reg_lambda": 5.0,
         "nthread": 1,

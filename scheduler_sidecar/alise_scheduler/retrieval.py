@@ -7,7 +7,7 @@ is faster than any index. Pure.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +18,17 @@ NEIGHBOURS: Final = 12
 MAX_STORED: Final = 2048
 RETRIEVAL_WIDTH: Final = 4
 _PROJECTED: Final = 64
+_SHARPNESS: Final = np.float32(8.0)
+_ROWS_AT_ONCE: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
     """Stored prompts, projected to unit vectors, with their log-lengths."""
 
-    mean: Array
     projection: Array  # [width, _PROJECTED]
-    stored: Array  # [m, _PROJECTED]
+    center: Array  # [_PROJECTED], of the mean
+    stored: Array  # [_PROJECTED, m]
     target: Array  # [m]
 
     def features(self, rows: Array, own: npt.NDArray[np.int64] | None = None) -> Array:
@@ -34,21 +36,32 @@ class Retrieval:
 
         `own` gives the stored index of each row (-1: none), so that a row never retrieves itself.
         """
-        centered: Array = rows - self.mean
-        similarity = _unit(centered @ self.projection) @ self.stored.T
+        parts = range(0, len(rows), _ROWS_AT_ONCE)
+        return np.concatenate(
+            [
+                self._features(
+                    rows[i : i + _ROWS_AT_ONCE], None if own is None else own[i : i + _ROWS_AT_ONCE]
+                )
+                for i in parts
+            ]
+        )
+
+    def _features(self, rows: Array, own: npt.NDArray[np.int64] | None) -> Array:
+        similarity = _unit(rows @ self.projection - self.center) @ self.stored
         if own is not None:
             has = np.flatnonzero(own >= 0)
             similarity[has, own[has]] = -2.0
         count = min(NEIGHBOURS, similarity.shape[1])
-        nearest = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
-        close = np.take_along_axis(similarity, nearest, axis=1)
+        nearest = similarity.argpartition(similarity.shape[1] - count, axis=1)[:, -count:]
+        close = similarity[np.arange(len(rows))[:, None], nearest]
         lengths = self.target[nearest]
-        weight = np.exp(8.0 * (close - close.max(1, keepdims=True)))
-        weight /= weight.sum(1, keepdims=True)
-        mean = (weight * lengths).sum(1)
-        spread = np.sqrt((weight * np.square(lengths - mean[:, None])).sum(1))
-        best = np.take_along_axis(lengths, close.argmax(1)[:, None], axis=1)[:, 0]
-        return np.stack([mean, spread, best, close.max(1)], axis=1).astype(np.float32)
+        weight = np.exp(_SHARPNESS * close)
+        total = weight.sum(1)
+        mean = (weight * lengths).sum(1) / total
+        variance = (weight * np.square(lengths - mean[:, None])).sum(1) / total
+        best = close.argmax(1)
+        every = np.arange(len(rows))
+        return np.stack((mean, np.sqrt(variance), lengths[every, best], close[every, best]), axis=1)
 
 
 def fit_retrieval(rows: Array, target: Array) -> tuple[Retrieval, Array]:
@@ -62,12 +75,14 @@ def fit_retrieval(rows: Array, target: Array) -> tuple[Retrieval, Array]:
     projection = (axes[:, ::-1][:, :_PROJECTED] * scale[:, None]).astype(np.float32)
     kept = slice(max(len(rows) - MAX_STORED, 0), len(rows))
     stored = _unit((rows[kept] - mean) @ projection)
-    retrieval = Retrieval(mean.astype(np.float32), projection, stored, target[kept].copy())
+    retrieval = Retrieval(
+        projection, mean @ projection, np.ascontiguousarray(stored.T), target[kept].copy()
+    )
     own = np.arange(len(rows)) - kept.start
     return retrieval, retrieval.features(rows, own)
 
 
-def _unit(vectors: npt.NDArray[np.floating[Any]]) -> Array:
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    units: Array = (vectors / np.maximum(norms, 1e-6)).astype(np.float32)
+def _unit(vectors: Array) -> Array:
+    norms = np.sqrt(np.square(vectors).sum(1, keepdims=True))
+    units: Array = vectors / np.maximum(norms, np.float32(1e-6))
     return units

@@ -23,6 +23,7 @@ from alise_scheduler.prompt_features import BAG_BUCKETS
 
 Array = npt.NDArray[np.float32]
 Bag = npt.NDArray[np.uint16]
+BagMatrix = npt.NDArray[np.bool_]
 
 _MAX_BUCKETS: Final = 600
 _BAG_WEIGHT: Final = 0.5
@@ -32,6 +33,8 @@ _JOINT_WIDTH: Final = 0.5
 _PENALTIES: Final = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _RANKS: Final = np.linspace(0.0, 1.0, 41)
 _JITTER: Final = 1e-3
+_ROWS_AT_ONCE: Final = 128
+"""A block of kernels that stays in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,35 +44,43 @@ class Ridge:
     blocks: tuple[tuple[int, int], ...]
     mean: Array
     scale: Array  # of each column: 1 / (deviation * sqrt(width of its block)); 0 for constants
-    landmarks: Array  # [m, width], scaled
+    landmarks: Array  # [width, m], scaled
     landmark_norms: Array  # [blocks, m]
     weights: Array  # [m]
     linear: Array  # [columns of the first block]
-    bag_idf: Array  # [BAG_BUCKETS], 0 for buckets that are not used
-    bag_weights: Array  # [BAG_BUCKETS], times idf
+    buckets: npt.NDArray[np.int64]  # those that count
+    bag_weights: Array  # [len(buckets), 2]: weight times idf, square of idf
     targets: Array  # [len(_RANKS)], the target at these ranks
     intercept: float
 
-    def predict(self, rows: Array, bags: Sequence[Bag]) -> Array:
-        """Return ranks, float32 [n]."""
+    def predict(self, rows: Array, bags: BagMatrix) -> Array:
+        """Return ranks, float32 [n], of `rows` [n, width] and `bags` [n, BAG_BUCKETS]."""
+        parts = range(0, len(rows), _ROWS_AT_ONCE)
+        return np.concatenate(
+            [self._ranks(rows[i : i + _ROWS_AT_ONCE], bags[i : i + _ROWS_AT_ONCE]) for i in parts]
+        )
+
+    def _ranks(self, rows: Array, bags: BagMatrix) -> Array:
         scaled = (rows - self.mean) * self.scale
         value = _kernel(scaled, self.landmarks, self.landmark_norms, self.blocks) @ self.weights
         value += scaled[:, slice(*self.blocks[0])] @ self.linear
-        result: Array = value + self._words(bags) + np.float32(self.intercept)
-        return result
-
-    def _words(self, bags: Sequence[Bag]) -> Array:
-        row = np.repeat(np.arange(len(bags)), [len(bag) for bag in bags])
-        buckets = np.concatenate(bags)
-        total = np.bincount(row, self.bag_weights[buckets], len(bags))
-        norms = np.sqrt(np.bincount(row, np.square(self.bag_idf[buckets]), len(bags)))
-        result: Array = (total / np.maximum(norms, 1e-6)).astype(np.float32)
-        return result
+        words = bags.take(self.buckets, axis=1).astype(np.float32) @ self.bag_weights
+        value += words[:, 0] / np.sqrt(np.maximum(words[:, 1], 1e-12))
+        value += np.float32(self.intercept)
+        return value
 
     def to_target(self, ranks: Array) -> Array:
         """Return the target at `ranks`; those beyond 0 and 1 give the extremes."""
         result: Array = np.interp(ranks, _RANKS, self.targets).astype(np.float32)
         return result
+
+
+def bag_matrix(bags: Sequence[Bag]) -> BagMatrix:
+    """Return bool [len(bags), BAG_BUCKETS]: which buckets are in which bag."""
+    matrix = np.zeros((len(bags), BAG_BUCKETS), dtype=np.bool_)
+    for row, bag in zip(matrix, bags, strict=True):
+        row[bag] = True
+    return matrix
 
 
 def _norms(scaled: Array, blocks: tuple[tuple[int, int], ...]) -> Array:
@@ -80,58 +91,61 @@ def _kernel(
     scaled: Array, landmarks: Array, landmark_norms: Array, blocks: tuple[tuple[int, int], ...]
 ) -> Array:
     """Return the Gaussian kernels of the blocks and of all blocks together, added, [n, m]."""
-    joint = np.zeros((len(scaled), len(landmarks)), dtype=np.float32)
-    total = np.zeros_like(joint)
-    for (a, b), norms in zip(blocks, landmark_norms, strict=True):
-        own = scaled[:, a:b]
-        distance = own @ landmarks[:, a:b].T
-        distance *= -2.0
-        distance += norms
-        distance += np.square(own).sum(1)[:, None]
-        # Far from everything seen a block says nothing; the clip also keeps exp() normal.
-        np.clip(distance, 0.0, 100.0, out=distance)
-        joint -= distance
-        distance *= -_BLOCK_WIDTH
-        total += np.exp(distance, out=distance)
-    joint *= _JOINT_WIDTH
+    shape = (len(blocks) + 1, len(scaled), landmarks.shape[1])
+    exponents = np.empty(shape, dtype=np.float32)
+    own = -_BLOCK_WIDTH * _norms(scaled, blocks)
+    others = -_BLOCK_WIDTH * landmark_norms
+    for number, (a, b) in enumerate(blocks):
+        part = exponents[number]
+        np.matmul(scaled[:, a:b] * np.float32(2 * _BLOCK_WIDTH), landmarks[a:b], out=part)
+        part += others[number]
+        part += own[number][:, None]
+    # Far from everything seen a block says nothing; the clip also keeps exp() normal.
+    each, joint = exponents[:-1], exponents[-1]
+    np.clip(each, -100.0 * _BLOCK_WIDTH, 0.0, out=each)
+    each.sum(0, out=joint)
+    joint *= _JOINT_WIDTH / _BLOCK_WIDTH
     np.maximum(joint, -50.0, out=joint)
-    total += np.exp(joint, out=joint)
+    np.exp(exponents, out=exponents)
+    total: Array = exponents.sum(0)
     return total
 
 
 def fit_ridge(
     rows: Array,
-    bags: Sequence[Bag],
+    bags: BagMatrix,
     target: Array,
     groups: npt.NDArray[np.int64],
+    strata: npt.NDArray[np.int64],
     blocks: tuple[tuple[int, int], ...],
     max_landmarks: int,
     rng: np.random.Generator,
 ) -> tuple[Ridge, Array]:
     """Fit on `rows` [n, width]; return the model and ranks predicted without each row's group.
 
-    `groups` ascend: rows of one job are next to each other. The penalty is the one with the
-    least squared error out of group.
+    `groups` [n] ascend: rows of one job are next to each other. A rank is among the rows of the
+    same number in `strata` [n]. The penalty is the one with the least squared error out of group.
     """
     mean, scale = _standardization(rows, blocks)
     scaled = (rows - mean) * scale
     chosen = np.sort(rng.permutation(len(rows))[:max_landmarks])
-    landmarks = scaled[chosen]
-    norms = _norms(landmarks, blocks)
-    cross = _kernel(scaled, landmarks, norms, blocks).astype(np.float64)
+    landmarks = np.ascontiguousarray(scaled[chosen].T)
+    norms = _norms(scaled[chosen], blocks)
+    parts = range(0, len(rows), _ROWS_AT_ONCE)
+    cross = np.vstack(
+        [_kernel(scaled[i : i + _ROWS_AT_ONCE], landmarks, norms, blocks) for i in parts]
+    ).astype(np.float64)
     lower = np.linalg.cholesky(cross[chosen] + _JITTER * np.eye(len(chosen)))
     half = solve_triangular(lower, np.eye(len(chosen)), lower=True).T
-    idf = _inverse_frequency(bags)
-    columns = np.flatnonzero(idf)
+    buckets, idf = _inverse_frequency(bags)
     first = scaled[:, slice(*blocks[0])] * np.sqrt(_LINEAR_WEIGHT)
-    design = np.hstack([cross @ half, first, _bag_matrix(bags, idf, columns)])
+    design = np.hstack([cross @ half, first, _words(bags, buckets, idf)])
     center = design.mean(0)
-    ranks = _ranks(target)
+    ranks = _ranks(target, strata)
     intercept = float(ranks.mean())
     coefficients, held_out = _solve(design - center, ranks - intercept, groups)
     kernel_end, linear_end = len(chosen), len(chosen) + first.shape[1]
-    bag_weights = np.zeros(BAG_BUCKETS, dtype=np.float32)
-    bag_weights[columns] = coefficients[linear_end:] * idf[columns] * np.sqrt(_BAG_WEIGHT)
+    bag_weights = coefficients[linear_end:] * idf * np.sqrt(_BAG_WEIGHT)
     model = Ridge(
         blocks=blocks,
         mean=mean,
@@ -140,19 +154,23 @@ def fit_ridge(
         landmark_norms=norms,
         weights=(half @ coefficients[:kernel_end]).astype(np.float32),
         linear=(coefficients[kernel_end:linear_end] * np.sqrt(_LINEAR_WEIGHT)).astype(np.float32),
-        bag_idf=idf,
-        bag_weights=bag_weights,
+        buckets=buckets,
+        bag_weights=np.stack((bag_weights, np.square(idf)), axis=1).astype(np.float32),
         targets=np.quantile(target, _RANKS).astype(np.float32),
         intercept=intercept - float(center @ coefficients),
     )
     return model, (held_out + intercept).astype(np.float32)
 
 
-def _ranks(target: Array) -> Array:
-    """Return the rank of each target among all, 0 to 1; equal targets share theirs."""
-    ordered = np.sort(target)
-    low, high = np.searchsorted(ordered, target), np.searchsorted(ordered, target, side="right")
-    return ((low + high) / (2 * len(target))).astype(np.float32)
+def _ranks(target: Array, strata: npt.NDArray[np.int64]) -> Array:
+    """Return the rank of each target in its stratum, 0 to 1; equal targets share theirs."""
+    ranks = np.empty(len(target), dtype=np.float32)
+    for stratum in np.unique(strata):
+        own = strata == stratum
+        ordered = np.sort(target[own])
+        low = np.searchsorted(ordered, target[own])
+        ranks[own] = (low + np.searchsorted(ordered, target[own], side="right")) / (2 * own.sum())
+    return ranks
 
 
 def _standardization(rows: Array, blocks: tuple[tuple[int, int], ...]) -> tuple[Array, Array]:
@@ -164,26 +182,21 @@ def _standardization(rows: Array, blocks: tuple[tuple[int, int], ...]) -> tuple[
     return rows.mean(0), scale
 
 
-def _inverse_frequency(bags: Sequence[Bag]) -> Array:
-    counts = np.bincount(np.concatenate(bags), minlength=BAG_BUCKETS) if len(bags) else None
-    idf = np.zeros(BAG_BUCKETS, dtype=np.float32)
-    if counts is None:
-        return idf
+def _inverse_frequency(bags: BagMatrix) -> tuple[npt.NDArray[np.int64], Array]:
+    """Return the buckets found in most bags, ascending, and their inverse document frequency."""
+    counts = bags.sum(0)
     frequent = np.argsort(-counts, kind="stable")[:_MAX_BUCKETS]
-    frequent = frequent[counts[frequent] >= 2]
-    idf[frequent] = np.log((len(bags) + 1) / (counts[frequent] + 1))
-    return idf
+    frequent = np.sort(frequent[counts[frequent] >= 2])
+    idf = np.log((len(bags) + 1) / (counts[frequent] + 1)).astype(np.float32)
+    return frequent[idf > 0], idf[idf > 0]
 
 
-def _bag_matrix(
-    bags: Sequence[Bag], idf: Array, columns: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
-    matrix = np.zeros((len(bags), BAG_BUCKETS), dtype=np.float32)
-    for row, bag in zip(matrix, bags, strict=True):
-        own = idf[bag]
-        row[bag] = own / max(float(np.linalg.norm(own)), 1e-6)
-    result: npt.NDArray[np.float64] = matrix[:, columns] * np.sqrt(_BAG_WEIGHT)
-    return result.astype(np.float64)
+def _words(bags: BagMatrix, buckets: npt.NDArray[np.int64], idf: Array) -> npt.NDArray[np.float64]:
+    """Return the bags' cosine features, [n, len(buckets)]."""
+    matrix = bags[:, buckets] * idf
+    norms = np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-6)
+    result: npt.NDArray[np.float64] = (matrix / norms * np.sqrt(_BAG_WEIGHT)).astype(np.float64)
+    return result
 
 
 def _solve(

@@ -76,8 +76,12 @@ class TokenTable:
 
     def rows(self, token_ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Return the row of each id; ids out of range share one row."""
-        ids = np.asarray(token_ids, dtype=np.int64)
-        return np.where((ids >= 0) & (ids < self.vocabulary), ids, self.vocabulary)
+        # Unsigned, negative ids are the largest.
+        unsigned = np.ascontiguousarray(token_ids, dtype=np.int64).view(np.uint64)
+        rows: npt.NDArray[np.int64] = np.minimum(unsigned, np.uint64(self.vocabulary)).view(
+            np.int64
+        )
+        return rows
 
 
 def read_token_table(path: Path) -> TokenTable:

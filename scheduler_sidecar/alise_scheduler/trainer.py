@@ -15,6 +15,7 @@ from alise_scheduler.training import (
     Models,
     Sample,
     marginal_quantiles,
+    prompt_bags,
     stack_prompts,
     train,
 )
@@ -34,6 +35,9 @@ class Trained:
     """Jobs seen, over all time, when they were trained."""
     loss: float
     """Mean pinball loss at arrival on the holdout, before the final fit; NaN without models."""
+
+
+UNTRAINED: Final = Trained(version=0, trained_unix_s=0.0, samples_seen=0, loss=math.nan)
 
 
 def improve(
@@ -71,7 +75,7 @@ def improve(
 
 def holdout_loss(models: Models, samples: Sequence[Sample]) -> float:
     """Return the mean pinball loss (of log-lengths) at arrival."""
-    logs, _ = models.arrival.predict(stack_prompts(samples), [s.prompt.bag for s in samples])
+    logs, _ = models.arrival.predict(stack_prompts(samples), prompt_bags(samples))
     return float(pinball(logs, _log_lengths(samples)).mean())
 
 

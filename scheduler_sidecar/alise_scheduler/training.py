@@ -14,12 +14,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from alise_scheduler.answer_features import ANSWER_LEXICAL, ANSWER_WIDTH, STRUCTURE
+from alise_scheduler.answer_features import ANSWER_LEXICAL, ANSWER_WIDTH
+from alise_scheduler.conditioning import conditioned
 from alise_scheduler.lengths import QUANTILE_LEVELS, remaining_after
-from alise_scheduler.prompt_features import LEXICAL, NUMERIC, PROMPT_WIDTH, PromptFeatures
-from alise_scheduler.quantile_model import QuantileModel, fit_quantiles
+from alise_scheduler.prompt_features import LEXICAL, PROMPT_WIDTH, PromptFeatures
+from alise_scheduler.quantile_model import QuantileModel, fit_quantiles, pinball
 from alise_scheduler.retrieval import Retrieval, fit_retrieval
-from alise_scheduler.ridge import Bag, Ridge, fit_ridge
+from alise_scheduler.ridge import Bag, BagMatrix, Ridge, bag_matrix, fit_ridge
 from alise_scheduler.token_table import DIMENSIONS
 
 Array = npt.NDArray[np.float32]
@@ -27,10 +28,10 @@ Array = npt.NDArray[np.float32]
 _MAX_TRAINING_JOBS: Final = 8000
 _MAX_ANSWER_ROWS: Final = 8000
 _PROMPT_LANDMARKS: Final = 512
-_ANSWER_LANDMARKS: Final = 320
+_ANSWER_LANDMARKS: Final = 256
 _MIN_ANSWER_ROWS: Final = 48
 _MAX_IMPUTED_SHARE: Final = 0.5
-_EPSILON: Final = 1e-6
+_SHARES: Final = tuple(i / 10 for i in range(11))
 
 _PROMPT_BLOCKS: Final = (
     (0, LEXICAL),
@@ -72,10 +73,10 @@ class ArrivalModel:
     retrieval: Retrieval
     quantiles: QuantileModel
 
-    def predict(self, dense: Array, bags: Sequence[Bag]) -> tuple[Array, Array]:
+    def predict(self, dense: Array, bags: BagMatrix) -> tuple[Array, Array]:
         """Return log-quantiles [n, levels] and the ridge's rank [n]."""
         ranks = self.ridge.predict(dense, bags)
-        rows = _arrival_columns(dense, ranks, self.retrieval.features(dense))
+        rows = _arrival_columns(ranks, self.retrieval.features(dense))
         return self.quantiles.predict(rows), ranks
 
 
@@ -85,11 +86,18 @@ class AnswerModel:
 
     ridge: Ridge
     quantiles: QuantileModel
+    share: float
+    """Its part in the blend with the arrival model: what was best on jobs held out."""
 
-    def predict(self, rows: Array, bags: Sequence[Bag]) -> Array:
-        """Return log-quantiles [n, levels] of the remaining length; rows as of `answer_rows`."""
+    def predict(self, rows: Array, bags: BagMatrix, by_prompt: Array) -> Array:
+        """Return log-quantiles [n, levels] of the remaining length; rows as of `answer_rows`.
+
+        `by_prompt` [n, levels] is what the arrival model says of it, conditioned.
+        """
         stacked = self.ridge.predict(rows, bags)
-        return self.quantiles.predict(_answer_columns(rows, stacked))
+        own = self.quantiles.predict(_answer_columns(rows, stacked))
+        blended: Array = by_prompt + np.float32(self.share) * (own - by_prompt)
+        return blended
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +122,12 @@ def answer_rows(answers: Array, prompts: Array, ranks: Array, logs: Array) -> Ar
 
 # The trees see little beside the ridge's rank (first, and monotone): with hundreds of jobs, every
 # further column costs more in noise than it tells.
-def _arrival_columns(dense: Array, ranks: Array, neighbours: Array) -> Array:
-    return np.hstack([ranks[:, None], neighbours, dense[:, :NUMERIC]])
+def _arrival_columns(ranks: Array, neighbours: Array) -> Array:
+    return np.hstack([ranks[:, None], neighbours])
 
 
 def _answer_columns(rows: Array, ranks: Array) -> Array:
-    return np.hstack([ranks[:, None], rows[:, :STRUCTURE], rows[:, -2:]])
+    return np.hstack([ranks[:, None], rows[:, :1]])
 
 
 def stack_prompts(samples: Sequence[Sample]) -> Array:
@@ -127,6 +135,11 @@ def stack_prompts(samples: Sequence[Sample]) -> Array:
     if not samples:
         return np.empty((0, PROMPT_WIDTH), dtype=np.float32)
     return np.stack([sample.prompt.dense for sample in samples]).astype(np.float32)
+
+
+def prompt_bags(samples: Sequence[Sample]) -> BagMatrix:
+    """Return bool [n, BAG_BUCKETS]."""
+    return bag_matrix([sample.prompt.bag for sample in samples])
 
 
 def true_lengths(
@@ -146,7 +159,7 @@ def true_lengths(
     if current is None or not kept:
         return lengths
     chosen = [samples[i] for i in kept]
-    logs, _ = current.arrival.predict(stack_prompts(chosen), [s.prompt.bag for s in chosen])
+    logs, _ = current.arrival.predict(stack_prompts(chosen), prompt_bags(chosen))
     for index, quantiles in zip(kept, np.exp(logs), strict=True):
         done = samples[index].output_tokens
         left = remaining_after(tuple(quantiles.tolist()), done)
@@ -164,22 +177,34 @@ def train(
     if len(known) < 8:
         return None
     samples, lengths = [samples[i] for i in known], lengths[known]
-    dense, bags = stack_prompts(samples), [sample.prompt.bag for sample in samples]
+    dense, bags = stack_prompts(samples), prompt_bags(samples)
     target = np.log(np.maximum(lengths, 1.0)).astype(np.float32)
     groups = np.arange(len(samples))
-    ridge, stacked = fit_ridge(dense, bags, target, groups, _PROMPT_BLOCKS, _PROMPT_LANDMARKS, rng)
+    ridge, stacked = fit_ridge(
+        dense, bags, target, groups, np.zeros_like(groups), _PROMPT_BLOCKS, _PROMPT_LANDMARKS, rng
+    )
     retrieval, neighbours = fit_retrieval(dense, target)
-    rows = _arrival_columns(dense, stacked, neighbours)
-    arrival = ArrivalModel(ridge, retrieval, fit_quantiles(rows, target, groups, rng))
-    return Models(arrival, _train_answers(samples, lengths, dense, stacked, ridge, rng))
+    rows = _arrival_columns(stacked, neighbours)
+    quantiles, held_out = fit_quantiles(rows, target, groups, rng)
+    arrival = ArrivalModel(ridge, retrieval, quantiles)
+    by_prompt = _ByPrompt(dense, stacked, ridge.to_target(stacked), held_out)
+    return Models(arrival, _train_answers(samples, lengths, by_prompt, rng))
+
+
+@dataclass(frozen=True, slots=True)
+class _ByPrompt:
+    """What is known of each training job from its prompt; predictions are held out."""
+
+    dense: Array
+    ranks: Array
+    logs: Array
+    log_quantiles: Array
 
 
 def _train_answers(
     samples: Sequence[Sample],
     lengths: npt.NDArray[np.float64],
-    dense: Array,
-    ranks: Array,
-    arrival: Ridge,
+    by_prompt: _ByPrompt,
     rng: np.random.Generator,
 ) -> AnswerModel | None:
     pairs = [
@@ -192,12 +217,27 @@ def _train_answers(
         return None
     groups = np.array([index for index, _ in pairs])
     answers = np.stack([snapshot.dense for _, snapshot in pairs]).astype(np.float32)
-    rows = answer_rows(answers, dense[groups], ranks[groups], arrival.to_target(ranks[groups]))
-    bags = [snapshot.bag for _, snapshot in pairs]
+    rows = answer_rows(
+        answers, by_prompt.dense[groups], by_prompt.ranks[groups], by_prompt.logs[groups]
+    )
+    bags = bag_matrix([snapshot.bag for _, snapshot in pairs])
     written = np.array([snapshot.output_tokens for _, snapshot in pairs])
     target = np.log(np.maximum(lengths[groups] - written, 1.0)).astype(np.float32)
-    ridge, own = fit_ridge(rows, bags, target, groups, _ANSWER_BLOCKS, _ANSWER_LANDMARKS, rng)
-    return AnswerModel(ridge, fit_quantiles(_answer_columns(rows, own), target, groups, rng))
+    ridge, own = fit_ridge(
+        rows, bags, target, groups, written, _ANSWER_BLOCKS, _ANSWER_LANDMARKS, rng
+    )
+    quantiles, held_out = fit_quantiles(_answer_columns(rows, own), target, groups, rng)
+    rival = conditioned(by_prompt.log_quantiles[groups], written)
+    return AnswerModel(ridge, quantiles, best_share(rival, held_out, target))
+
+
+def best_share(by_prompt: Array, by_answer: Array, target: Array) -> float:
+    """Return the share of `by_answer` in a blend of log-quantiles with the least pinball loss."""
+    losses = [
+        float(pinball(by_prompt + np.float32(share) * (by_answer - by_prompt), target).mean())
+        for share in _SHARES
+    ]
+    return _SHARES[int(np.argmin(losses))]
 
 
 def marginal_quantiles(lengths: npt.NDArray[np.float64]) -> Array:

@@ -1,0 +1,71 @@
+"""What the models say of live jobs: quantiles of what remains of each. All in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from alise_scheduler.answer_features import answer_features
+from alise_scheduler.conditioning import LARGEST_LOG, conditioned
+from alise_scheduler.lengths import Quantiles
+from alise_scheduler.ridge import bag_matrix
+from alise_scheduler.tracked_job import MILESTONES_TOKENS, TrackedJob
+from alise_scheduler.training import AnswerModel, Array, Models, answer_rows
+
+# The answer model has never seen younger answers: the prompt's distribution, conditioned, is used.
+_MIN_ANSWER_TOKENS: Final = MILESTONES_TOKENS[0]
+_UNBOUNDED: Final = 1e9
+
+
+def forecast(jobs: Sequence[TrackedJob], models: Models) -> list[Quantiles]:
+    """Return quantiles of the *remaining* length of each of `jobs`; all of one token table.
+
+    Notes in new jobs, and in those that other models saw, what `models` say of their prompts.
+    """
+    if not jobs:
+        return []
+    _look_at_prompts(jobs, models)
+    arrivals = [job.arrival for job in jobs if job.arrival is not None]
+    logs = np.array([log_quantiles for _, log_quantiles, _ in arrivals])
+    lived = np.array([job.output_tokens for job in jobs])
+    running = np.flatnonzero(lived)
+    if len(running):
+        logs[running] = conditioned(logs[running], lived[running])
+    answered = np.flatnonzero(lived >= _MIN_ANSWER_TOKENS)
+    if models.answer is not None and len(answered):
+        ranks = np.array([arrivals[i][2] for i in answered], dtype=np.float32)
+        some = [jobs[i] for i in answered]
+        logs[answered] = _by_answers(some, models, models.answer, ranks, logs[answered])
+    limits = [
+        max(job.max_tokens - job.output_tokens, 1) if job.max_tokens else _UNBOUNDED for job in jobs
+    ]
+    lengths = np.exp(np.minimum(logs, LARGEST_LOG, dtype=np.float64))
+    lengths = np.minimum(np.maximum(lengths, 1.0), np.array(limits, dtype=np.float64)[:, None])
+    return list(map(tuple, lengths.tolist()))
+
+
+def _look_at_prompts(jobs: Sequence[TrackedJob], models: Models) -> None:
+    stale = [job for job in jobs if job.arrival is None or job.arrival[0] is not models]
+    if not stale:
+        return
+    dense = np.array([job.features.dense for job in stale])
+    logs, ranks = models.arrival.predict(dense, bag_matrix([job.features.bag for job in stale]))
+    for job, row, value in zip(stale, logs, ranks.tolist(), strict=True):
+        job.arrival = (models, row, value)
+
+
+def _by_answers(
+    jobs: Sequence[TrackedJob],
+    models: Models,
+    model: AnswerModel,
+    ranks: Array,
+    by_prompt: Array,
+) -> Array:
+    answers = answer_features([job.answer for job in jobs], jobs[0].table)
+    prompts = np.array([job.features.dense for job in jobs])
+    rows = answer_rows(answers, prompts, ranks, models.arrival.ridge.to_target(ranks))
+    # Only now: the features have taken the newest tokens into the bags.
+    bags = np.array([job.answer.bag for job in jobs])
+    return model.predict(rows, bags, by_prompt)
