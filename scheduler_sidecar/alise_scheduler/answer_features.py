@@ -38,11 +38,9 @@ class AnswerState:
     seen_tokens: int = 0
     pending: list[int] = field(default_factory=list)
     tail: list[int] = field(default_factory=list)  # rows of the last tokens
-    counts: npt.NDArray[np.float32] = field(
-        default_factory=lambda: np.zeros(_PROPERTIES, dtype=np.float32)
-    )
-    embedding_sum: npt.NDArray[np.float32] = field(
-        default_factory=lambda: np.zeros(ANSWER_DIMENSIONS, dtype=np.float32)
+    # Of the tokens' properties and embeddings.
+    sums: npt.NDArray[np.float32] = field(
+        default_factory=lambda: np.zeros(_PROPERTIES + ANSWER_DIMENSIONS, dtype=np.float32)
     )
     bag: npt.NDArray[np.bool_] = field(
         default_factory=lambda: np.zeros(BAG_BUCKETS, dtype=np.bool_)
@@ -81,29 +79,29 @@ def fold(states: Sequence[AnswerState], table: TokenTable) -> None:
     item &= ~is_old
     number = np.where(item, table.number[rows], 0)
     position = np.where(new_line & ~is_old, np.arange(len(rows)), -1)
-    fresh = kinds.astype(np.float32)
+    fresh = np.empty((len(rows), _PROPERTIES + ANSWER_DIMENSIONS), dtype=np.float32)
+    fresh[:, :_PROPERTIES] = kinds
+    fresh[:, _PROPERTIES:] = table.embedding[rows, :ANSWER_DIMENSIONS]
     fresh[is_old] = 0.0
-    vectors = table.embedding[rows, :ANSWER_DIMENSIONS].astype(np.float32)
-    vectors[is_old] = 0.0
-    counts = np.add.reduceat(fresh, starts)
-    sums = np.add.reduceat(vectors, starts)
+    sums = np.add.reduceat(fresh, starts)
     items = np.add.reduceat(item.astype(np.int64), starts).tolist()
     numbers = np.maximum.reduceat(number, starts).tolist()
     last_newline = np.maximum.reduceat(position, starts).tolist()
-    buckets = bag_buckets(table.word_hash[rows])
-    for index, state in enumerate(states):
-        start, size = int(starts[index]), int(sizes[index])
-        own = slice(start + 1, start + size)
-        state.counts += counts[index]
-        state.embedding_sum += sums[index]
-        state.bag[buckets[:, start + 1 : start + size]] = True
+    # A word's bucket and its pair's, side by side: a job's are one slice.
+    buckets = bag_buckets(table.word_hash[rows]).T.astype(np.intp).ravel()
+    row_list, size_list = rows.tolist(), sizes.tolist()
+    for index, (state, start, size) in enumerate(
+        zip(states, starts.tolist(), size_list, strict=True)
+    ):
+        state.sums += sums[index]
+        state.bag[buckets[2 * (start + 1) : 2 * (start + size)]] = True
         state.list_items += items[index]
         state.list_number = numbers[index] or state.list_number
         newest = last_newline[index]
         state.line_tokens = (
             start + size - 1 - newest if newest >= 0 else state.line_tokens + size - 1
         )
-        state.tail = [*state.tail, *rows[own].tolist()][-LAST_TOKENS:]
+        state.tail = [*state.tail, *row_list[start + 1 : start + size]][-LAST_TOKENS:]
         state.seen_tokens += size - 1
         state.pending.clear()
 
@@ -124,7 +122,8 @@ def answer_features(
         ]
     )
     seen = np.array([[max(state.seen_tokens, 1)] for state in states], dtype=np.float32)
-    counts = np.array([state.counts for state in states])
+    sums = np.array([state.sums for state in states])
+    counts = sums[:, :_PROPERTIES]
     tails = [state.tail or [table.vocabulary] for state in states]
     starts = np.concatenate(([0], np.cumsum([len(tail) for tail in tails])[:-1]))
     rows = np.fromiter(chain.from_iterable(tails), dtype=np.int64)
@@ -134,8 +133,7 @@ def answer_features(
     for block in (np.log1p(counts), counts / seen, last):
         dense[:, end : end + _PROPERTIES] = block
         end += _PROPERTIES
-    sums = np.array([state.embedding_sum for state in states])
-    dense[:, end:] = sums / seen
+    dense[:, end:] = sums[:, _PROPERTIES:] / seen
     return dense
 
 

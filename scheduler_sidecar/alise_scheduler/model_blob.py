@@ -16,6 +16,7 @@ from alise_scheduler.trees import Trees
 _RIDGE = (
     "mean",
     "scale",
+    "axes",
     "landmarks",
     "landmark_norms",
     "weights",

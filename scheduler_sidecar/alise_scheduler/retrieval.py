@@ -15,7 +15,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 
 NEIGHBOURS: Final = 12
-MAX_STORED: Final = 2048
+MAX_STORED: Final = 1024
 RETRIEVAL_WIDTH: Final = 4
 _PROJECTED: Final = 64
 _SHARPNESS: Final = np.float32(8.0)

@@ -2,9 +2,9 @@
 
 The kernel adds a Gaussian for each block of (standardized) columns, one over all blocks, a
 linear part for the first block and the cosine of the bags (by inverse document frequency). Few
-landmarks (Nystroem) keep a prediction at one small matrix product. What is regressed is the
-target's rank: a squared error of log-lengths would be ruled by a few very short answers. Fitting
-also gives out-of-group predictions in closed form, to be features of a second model (stacking).
+landmarks (Nystroem) in few principal axes keep a prediction at a small matrix product. What is
+regressed is the target's rank: a squared error of log-lengths would be ruled by a few very short
+answers. Fitting also gives predictions out of group, to be features of a second model (stacking).
 Pure; does not know what the columns mean.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -20,17 +19,18 @@ import numpy.typing as npt
 from scipy.linalg import solve_triangular
 
 from alise_scheduler.prompt_features import BAG_BUCKETS
+from alise_scheduler.ridge_solver import solve_ridge
 
 Array = npt.NDArray[np.float32]
 Bag = npt.NDArray[np.uint16]
 BagMatrix = npt.NDArray[np.bool_]
 
+_AXES: Final = 64
 _MAX_BUCKETS: Final = 600
 _BAG_WEIGHT: Final = 0.5
 _LINEAR_WEIGHT: Final = 0.5
 _BLOCK_WIDTH: Final = 0.25
 _JOINT_WIDTH: Final = 0.5
-_PENALTIES: Final = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _RANKS: Final = np.linspace(0.0, 1.0, 41)
 _JITTER: Final = 1e-3
 _ROWS_AT_ONCE: Final = 128
@@ -44,7 +44,8 @@ class Ridge:
     blocks: tuple[tuple[int, int], ...]
     mean: Array
     scale: Array  # of each column: 1 / (deviation * sqrt(width of its block)); 0 for constants
-    landmarks: Array  # [width, m], scaled
+    axes: Array  # [width, _AXES], principal ones of each wide block
+    landmarks: Array  # [reduced width, m], scaled and reduced
     landmark_norms: Array  # [blocks, m]
     weights: Array  # [m]
     linear: Array  # [columns of the first block]
@@ -62,7 +63,8 @@ class Ridge:
 
     def _ranks(self, rows: Array, bags: BagMatrix) -> Array:
         scaled = (rows - self.mean) * self.scale
-        value = _kernel(scaled, self.landmarks, self.landmark_norms, self.blocks) @ self.weights
+        reduced = _reduce(scaled, self.axes, self.blocks)
+        value = _kernel(reduced, self.landmarks, self.landmark_norms) @ self.weights
         value += scaled[:, slice(*self.blocks[0])] @ self.linear
         words = bags.take(self.buckets, axis=1).astype(np.float32) @ self.bag_weights
         value += words[:, 0] / np.sqrt(np.maximum(words[:, 1], 1e-12))
@@ -83,23 +85,44 @@ def bag_matrix(bags: Sequence[Bag]) -> BagMatrix:
     return matrix
 
 
-def _norms(scaled: Array, blocks: tuple[tuple[int, int], ...]) -> Array:
-    return np.stack([np.square(scaled[:, a:b]).sum(1) for a, b in blocks])
+def _reduce(scaled: Array, axes: Array, blocks: tuple[tuple[int, int], ...]) -> list[Array]:
+    """Return the blocks' columns, [n, at most _AXES] each."""
+    return [
+        scaled[:, a:b] if b - a <= _AXES else np.ascontiguousarray(scaled[:, a:b]) @ axes[a:b]
+        for a, b in blocks
+    ]
 
 
-def _kernel(
-    scaled: Array, landmarks: Array, landmark_norms: Array, blocks: tuple[tuple[int, int], ...]
-) -> Array:
+def _principal_axes(scaled: Array, blocks: tuple[tuple[int, int], ...]) -> Array:
+    """Return the axes of wide blocks, longer for the distances that the others' loss takes away."""
+    axes = np.zeros((scaled.shape[1], _AXES), dtype=np.float32)
+    for a, b in blocks:
+        if b - a > _AXES:
+            moment = scaled[:, a:b].T.astype(np.float64) @ scaled[:, a:b]
+            variances, vectors = np.linalg.eigh(moment)
+            kept = variances[-_AXES:].sum() / max(float(variances.sum()), 1e-12)
+            axes[a:b] = vectors[:, -_AXES:] / np.sqrt(max(kept, 1e-6))
+    return axes
+
+
+def _norms(parts: Sequence[Array]) -> Array:
+    return np.array([np.square(part).sum(1) for part in parts])
+
+
+def _kernel(parts: Sequence[Array], landmarks: Array, landmark_norms: Array) -> Array:
     """Return the Gaussian kernels of the blocks and of all blocks together, added, [n, m]."""
-    shape = (len(blocks) + 1, len(scaled), landmarks.shape[1])
+    shape = (len(parts) + 1, len(parts[0]), landmarks.shape[1])
     exponents = np.empty(shape, dtype=np.float32)
-    own = -_BLOCK_WIDTH * _norms(scaled, blocks)
+    own = -_BLOCK_WIDTH * _norms(parts)
     others = -_BLOCK_WIDTH * landmark_norms
-    for number, (a, b) in enumerate(blocks):
-        part = exponents[number]
-        np.matmul(scaled[:, a:b] * np.float32(2 * _BLOCK_WIDTH), landmarks[a:b], out=part)
-        part += others[number]
-        part += own[number][:, None]
+    start = 0
+    for number, part in enumerate(parts):
+        end = start + part.shape[1]
+        exponent = exponents[number]
+        np.matmul(part * np.float32(2 * _BLOCK_WIDTH), landmarks[start:end], out=exponent)
+        exponent += others[number]
+        exponent += own[number][:, None]
+        start = end
     # Far from everything seen a block says nothing; the clip also keeps exp() normal.
     each, joint = exponents[:-1], exponents[-1]
     np.clip(each, -100.0 * _BLOCK_WIDTH, 0.0, out=each)
@@ -129,11 +152,15 @@ def fit_ridge(
     mean, scale = _standardization(rows, blocks)
     scaled = (rows - mean) * scale
     chosen = np.sort(rng.permutation(len(rows))[:max_landmarks])
-    landmarks = np.ascontiguousarray(scaled[chosen].T)
-    norms = _norms(scaled[chosen], blocks)
-    parts = range(0, len(rows), _ROWS_AT_ONCE)
+    axes = _principal_axes(scaled, blocks)
+    reduced = _reduce(scaled, axes, blocks)
+    landmarks = np.ascontiguousarray(np.hstack(reduced)[chosen].T)
+    norms = _norms([part[chosen] for part in reduced])
     cross = np.vstack(
-        [_kernel(scaled[i : i + _ROWS_AT_ONCE], landmarks, norms, blocks) for i in parts]
+        [
+            _kernel([part[i : i + _ROWS_AT_ONCE] for part in reduced], landmarks, norms)
+            for i in range(0, len(rows), _ROWS_AT_ONCE)
+        ]
     ).astype(np.float64)
     lower = np.linalg.cholesky(cross[chosen] + _JITTER * np.eye(len(chosen)))
     half = solve_triangular(lower, np.eye(len(chosen)), lower=True).T
@@ -143,13 +170,14 @@ def fit_ridge(
     center = design.mean(0)
     ranks = _ranks(target, strata)
     intercept = float(ranks.mean())
-    coefficients, held_out = _solve(design - center, ranks - intercept, groups)
+    coefficients, held_out = solve_ridge(design - center, ranks - intercept, groups)
     kernel_end, linear_end = len(chosen), len(chosen) + first.shape[1]
     bag_weights = coefficients[linear_end:] * idf * np.sqrt(_BAG_WEIGHT)
     model = Ridge(
         blocks=blocks,
         mean=mean,
         scale=scale,
+        axes=axes,
         landmarks=landmarks,
         landmark_norms=norms,
         weights=(half @ coefficients[:kernel_end]).astype(np.float32),
@@ -197,43 +225,3 @@ def _words(bags: BagMatrix, buckets: npt.NDArray[np.int64], idf: Array) -> npt.N
     norms = np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-6)
     result: npt.NDArray[np.float64] = (matrix / norms * np.sqrt(_BAG_WEIGHT)).astype(np.float64)
     return result
-
-
-def _solve(
-    design: npt.NDArray[np.float64], target: Array, groups: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return ridge coefficients and out-of-group predictions, by one eigendecomposition."""
-    count, width = design.shape
-    if count <= width:
-        squares, left = np.linalg.eigh(design @ design.T)
-    else:
-        squares, right = np.linalg.eigh(design.T @ design)
-        left = design @ right / np.sqrt(np.maximum(squares, 1e-9))
-    kept = squares > 1e-7 * max(float(squares[-1]), 1e-12)
-    squares, left = squares[kept], left[:, kept]
-    edges = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), count]
-    best: tuple[float, float, npt.NDArray[np.float64]] | None = None
-    for penalty in _PENALTIES:
-        held_out = _out_of_group(left, squares / (squares + penalty), target, edges)
-        error = float(np.square(target - held_out).mean())
-        if best is None or error < best[0]:
-            best = (error, penalty, held_out)
-    assert best is not None
-    dual = left @ ((left.T @ target) / (squares + best[1]))
-    return design.T @ dual, best[2]
-
-
-def _out_of_group(
-    left: npt.NDArray[np.float64],
-    shrink: npt.NDArray[np.float64],
-    target: Array,
-    edges: list[int],
-) -> npt.NDArray[np.float64]:
-    # With the hat matrix H, the residuals of a left-out group g are (I - H_gg)^-1 (y - Hy)_g.
-    residual = target - left @ (shrink * (left.T @ target))
-    held_out = np.empty(len(target))
-    weighted = left * shrink
-    for a, b in pairwise(edges):
-        hat = weighted[a:b] @ left[a:b].T
-        held_out[a:b] = np.linalg.solve(np.eye(b - a) * (1 + 1e-9) - hat, residual[a:b])
-    return target - held_out

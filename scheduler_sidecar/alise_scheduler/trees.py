@@ -18,7 +18,7 @@ Array = npt.NDArray[np.float32]
 DEPTH: Final = 3
 _INNER: Final = 2**DEPTH - 1
 _LEAVES: Final = 2**DEPTH
-_ROWS_AT_ONCE: Final = 256
+_ROWS_AT_ONCE: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
