@@ -17,7 +17,7 @@ import numpy.typing as npt
 from alise_scheduler.answer_features import ANSWER_LEXICAL, ANSWER_WIDTH
 from alise_scheduler.conditioning import conditioned
 from alise_scheduler.lengths import QUANTILE_LEVELS, remaining_after
-from alise_scheduler.prompt_features import LEXICAL, PROMPT_WIDTH, PromptFeatures
+from alise_scheduler.prompt_features import LEXICAL, NUMERIC, PROMPT_WIDTH, PromptFeatures
 from alise_scheduler.quantile_model import QuantileModel, fit_quantiles, pinball
 from alise_scheduler.retrieval import Retrieval, fit_retrieval
 from alise_scheduler.ridge import Bag, BagMatrix, Ridge, bag_matrix, fit_ridge
@@ -76,7 +76,7 @@ class ArrivalModel:
     def predict(self, dense: Array, bags: BagMatrix) -> tuple[Array, Array]:
         """Return log-quantiles [n, levels] and the ridge's rank [n]."""
         ranks = self.ridge.predict(dense, bags)
-        rows = _arrival_columns(ranks, self.retrieval.features(dense))
+        rows = _arrival_columns(dense, ranks, self.retrieval.features(dense))
         return self.quantiles.predict(rows), ranks
 
 
@@ -122,8 +122,8 @@ def answer_rows(answers: Array, prompts: Array, ranks: Array, logs: Array) -> Ar
 
 # The trees see little beside the ridge's rank (first, and monotone): with hundreds of jobs, every
 # further column costs more in noise than it tells.
-def _arrival_columns(ranks: Array, neighbours: Array) -> Array:
-    return np.hstack([ranks[:, None], neighbours])
+def _arrival_columns(dense: Array, ranks: Array, neighbours: Array) -> Array:
+    return np.hstack([ranks[:, None], neighbours, dense[:, :NUMERIC]])
 
 
 def _answer_columns(rows: Array, ranks: Array) -> Array:
@@ -184,7 +184,7 @@ def train(
         dense, bags, target, groups, np.zeros_like(groups), _PROMPT_BLOCKS, _PROMPT_LANDMARKS, rng
     )
     retrieval, neighbours = fit_retrieval(dense, target)
-    rows = _arrival_columns(stacked, neighbours)
+    rows = _arrival_columns(dense, stacked, neighbours)
     quantiles, held_out = fit_quantiles(rows, target, groups, rng)
     arrival = ArrivalModel(ridge, retrieval, quantiles)
     by_prompt = _ByPrompt(dense, stacked, ridge.to_target(stacked), held_out)
