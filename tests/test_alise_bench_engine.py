@@ -32,7 +32,7 @@ JOBS = 8
 
 def model_folder() -> Path:
     try:
-        return ensure_default_model(Path(__file__).parents[1] / ".cache" / "smollm2")
+        return ensure_default_model()
     except DefaultModelMissingError as error:
         pytest.skip(str(error))
 

@@ -18,6 +18,7 @@ import grpc
 import pytest
 from alise_engine.client import SidecarClient
 from alise_engine.events import Arrived, Finished, Snapshot
+from alise_engine.settings import TlsFiles
 from alise_scheduler import protocol
 from alise_scheduler.events import Progress
 from alise_scheduler.v1 import scheduler_pb2 as pb
@@ -56,8 +57,10 @@ def is_up(client: SidecarClient) -> bool:
 def client_of() -> Iterator[Callable[..., SidecarClient]]:
     clients: list[SidecarClient] = []
 
-    def start(address: str, make_hello: Callable[[], pb.Hello] = hello) -> SidecarClient:
-        client = SidecarClient(address, None, make_hello)
+    def start(
+        address: str, make_hello: Callable[[], pb.Hello] = hello, tls: TlsFiles | None = None
+    ) -> SidecarClient:
+        client = SidecarClient(address, tls, make_hello)
         clients.append(client)
         client.start()
         return client
@@ -70,9 +73,9 @@ def client_of() -> Iterator[Callable[..., SidecarClient]]:
 class Sidecar:
     """A real sidecar process on a socket; `oracle_file` lets it estimate without a model."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, address: str = "") -> None:
         self.socket = folder / "s.sock"
-        self.address = f"unix://{self.socket}"
+        self.address = address or f"unix://{self.socket}"
         command = [sys.executable, "-m", "alise_scheduler", "scheduler"]
         command += ["--listen", self.address, "--state-dir", str(folder / "state")]
         self.process = subprocess.Popen([*command, "--metrics-port", "0", *options])
@@ -87,8 +90,8 @@ class Sidecar:
 def sidecar_of(tmp_path: Path) -> Iterator[Callable[..., Sidecar]]:
     sidecars: list[Sidecar] = []
 
-    def start(*options: str) -> Sidecar:
-        sidecars.append(Sidecar(tmp_path, *options))
+    def start(*options: str, address: str = "") -> Sidecar:
+        sidecars.append(Sidecar(tmp_path, *options, address=address))
         return sidecars[-1]
 
     yield start
@@ -153,6 +156,18 @@ def test_a_hung_sidecar_is_noticed_and_welcomed_back(
     eventually(lambda: is_up(client))
 
 
+def test_starting_over_asks_for_all_live_jobs_again(
+    sidecar_of: Callable[..., Sidecar], client_of: Callable[..., SidecarClient]
+) -> None:
+    client = client_of(sidecar_of("--policy", "mlfq").address)
+    for _ in range(2):
+        eventually(client.wants_snapshot)
+        client.send_snapshot(Snapshot(jobs=[arrived("a")]))
+        eventually(lambda: client.receive(10))
+        client.start_over()
+        assert not client.wants_snapshot()
+
+
 def test_a_deleted_socket_does_not_end_the_stream(
     sidecar_of: Callable[..., Sidecar], client_of: Callable[..., SidecarClient]
 ) -> None:
@@ -163,6 +178,24 @@ def test_a_deleted_socket_does_not_end_the_stream(
     sidecar.socket.unlink()
     client.send(arrived("a"))
     eventually(lambda: client.receive(1))
+
+
+def test_mutual_tls(
+    certificates: Path,
+    sidecar_of: Callable[..., Sidecar],
+    client_of: Callable[..., SidecarClient],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    server = ["--tls-cert", "server.pem", "--tls-key", "server.key", "--tls-client-ca", "ca.pem"]
+    paths = [a if a.startswith("--") else str(certificates / a) for a in server]
+    sidecar_of(*paths, address=address)
+    ca = certificates / "ca.pem"
+    member = TlsFiles(ca, certificates / "client.pem", certificates / "client.key")
+    eventually(client_of(address, tls=member).wants_snapshot)
+    nobody = client_of(address, tls=TlsFiles(ca, None, None))
+    time.sleep(1.0)
+    assert not nobody.wants_snapshot()
 
 
 class FakeScheduler(pb_grpc.SchedulerServicer):

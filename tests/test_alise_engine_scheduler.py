@@ -29,6 +29,7 @@ class FakeClient:
         self.costs = Costs(prefill_s_per_token=0.001, decode_s_per_token=0.05)
         self.is_down = False
         self.is_new = True
+        self.starts_over = 0
 
     def start(self) -> None:
         pass
@@ -38,6 +39,9 @@ class FakeClient:
 
     def down_for_s(self, now_s: float) -> float:
         return 1e9 if self.is_down else 0.0
+
+    def start_over(self) -> None:
+        self.starts_over += 1
 
     def wants_snapshot(self) -> bool:
         return self.is_new
@@ -171,6 +175,9 @@ def test_a_lost_sidecar_means_arrival_order(make: Any) -> None:
     driver.step()
     assert [r.request_id for r in scheduler.waiting] == [j.request_id for j in jobs[:3]]
     assert scheduler._ranked_jobs == 0
+    assert client.starts_over == 1
+    driver.step()
+    assert client.starts_over == 1, "once for each outage"
 
 
 def test_a_new_stream_gets_all_live_jobs_and_then_events(make: Any) -> None:

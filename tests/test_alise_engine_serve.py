@@ -20,8 +20,11 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from alise_engine.cli import DEFAULT_MODEL_NAME, cache_dir
-from alise_engine.default_model import ensure_default_model, has_fast_bfloat16
+from alise_engine.default_model import (
+    DEFAULT_MODEL_NAME,
+    ensure_default_model,
+    has_fast_bfloat16,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -123,7 +126,7 @@ def environment() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def stock_answers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What stock vLLM answers, one prompt at a time."""
-    model = ensure_default_model(cache_dir() / DEFAULT_MODEL_NAME)
+    model = ensure_default_model()
     port = free_port()
     command = [sys.executable, "-m", "alise_engine.vllm_main", "serve", str(model), *OPTIONS]
     command += ["--served-model-name", DEFAULT_MODEL_NAME, "--port", str(port)]

@@ -21,7 +21,6 @@ from alise_bench.systems import System
 if TYPE_CHECKING:
     from alise_bench.overhead import Overhead
 
-DEFAULT_MODEL_FOLDER: Final = Path(".cache/smollm2")
 _ALL_SYSTEMS: Final = ",".join(system.value for system in System)
 
 
@@ -66,7 +65,7 @@ def _model(model: Path | None) -> Path:
     from alise_engine.default_model import DefaultModelMissingError, ensure_default_model
 
     try:
-        return ensure_default_model(DEFAULT_MODEL_FOLDER).resolve()
+        return ensure_default_model().resolve()
     except DefaultModelMissingError as error:
         raise BenchError(str(error)) from error
 

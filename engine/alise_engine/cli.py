@@ -14,6 +14,7 @@ import typer
 from alise_scheduler.policy import Policy
 
 from alise_engine.default_model import (
+    DEFAULT_MODEL_NAME,
     DefaultModelMissingError,
     ensure_default_model,
     has_fast_bfloat16,
@@ -22,7 +23,6 @@ from alise_engine.launcher import SCHEDULER_CLASS, Launcher, ServePlan, vllm_com
 from alise_engine.settings import EngineSettings, SettingsError
 from alise_engine.vllm_arguments import ServerAddress, has_option, option_value
 
-DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
 # Small and quick to start, on a CPU; any of them may be given explicitly.
 _DEFAULT_MODEL_OPTIONS = {
     "--dtype": ["auto" if has_fast_bfloat16() else "float32"],
@@ -33,12 +33,6 @@ _DEFAULT_MODEL_OPTIONS = {
 _RESERVED = ("--scheduler-cls",)
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-
-def cache_dir() -> Path:
-    """Return where prepared models are kept: `$ALISE_CACHE_DIR`, or the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "alise"
-    return Path(os.environ.get("ALISE_CACHE_DIR", default))
 
 
 def default_state_dir() -> Path:
@@ -207,7 +201,7 @@ def _with_model(arguments: list[str]) -> tuple[list[str], str]:
     if model is not None or has_option(arguments, "--config"):
         return arguments, named or model or "MODEL"
     try:
-        folder = ensure_default_model(cache_dir() / DEFAULT_MODEL_NAME)
+        folder = ensure_default_model()
     except DefaultModelMissingError as error:
         raise typer.BadParameter(str(error)) from error
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

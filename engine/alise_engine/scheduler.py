@@ -169,6 +169,8 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
                 client.down_for_s(now_s),
             )
             self._forget_estimates()
+            # A sidecar that hung and comes back would not say again what it has said.
+            client.start_over()
         for estimate in client.receive(MAX_ESTIMATES_PER_STEP):
             self._apply(estimate)
 
