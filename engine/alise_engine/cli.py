@@ -35,11 +35,6 @@ _RESERVED = ("--scheduler-cls",)
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-def default_state_dir() -> Path:
-    """Return where the sidecar keeps samples and models unless told otherwise."""
-    return Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local" / "state")) / "alise"
-
-
 @app.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True},
     epilog="Every other option is vLLM's: see `vllm serve --help`.",
@@ -225,8 +220,9 @@ def _sidecar_command(
 ) -> Sequence[str]:
     command = [sys.executable, "-m", "alise_scheduler", "scheduler"]
     command += ["--listen", f"unix://{socket}", "--shared-dir", str(run_dir)]
-    command += ["--state-dir", str(state_dir or default_state_dir())]
     command += ["--policy", policy.value, "--metrics-port", str(metrics_port)]
+    if state_dir is not None:  # the sidecar has its own default
+        command += ["--state-dir", str(state_dir)]
     if gamma is not None:
         command += ["--gamma", str(gamma)]
     if oracle_file is not None:
