@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class TierEngine:
         *,
         host_bytes: int = 1 << 20,
         quantization: Quantization = Quantization.INT8,
+        batches_in_flight: int = 1,
         **options: Any,
     ) -> None:
         transfer = KVTransferConfig(**json.loads(kv_transfer_config(host_bytes, quantization)))
@@ -66,8 +68,11 @@ class TierEngine:
             kv_transfer=transfer,
             layers=LAYERS,
             head_size=HEAD_SIZE,
+            async_scheduling=batches_in_flight > 1,
             **options,
         )
+        self._batches_in_flight = batches_in_flight
+        self._in_flight: deque[tuple[SchedulerOutput, KVConnectorOutput, set[str]]] = deque()
         self.quantization = quantization
         self.tier: TierScheduler = self.scheduler.connector.connector_scheduler
         blocks = self.scheduler.kv_cache_config.num_blocks
@@ -106,14 +111,24 @@ class TierEngine:
             invalid_block_ids=self.connector.get_block_ids_with_load_errors(),
             kv_connector_worker_meta=self.connector.build_connector_worker_meta(),
         )
-        self._answer(output, ending or set(), transfers)
+        past_prompt = {
+            job_id
+            for job_id in output.num_scheduled_tokens
+            if not self.scheduler.requests[job_id].is_prefill_chunk
+        }
+        self._in_flight.append((output, transfers, past_prompt))
+        while len(self._in_flight) >= self._batches_in_flight:
+            self._answer(*self._in_flight.popleft(), ending or set())
         return output
 
     def _compute(self, request: Request, count: int) -> None:
         """Check the KV of a request's context, then write that of the scheduled tokens."""
         end = request.num_computed_tokens  # vLLM counts scheduled tokens as computed
         start = end - count
-        truth = torch.from_numpy(true_kv(list(request.all_token_ids[:end])))
+        known = list(request.all_token_ids[:end])
+        # Tokens of a batch in flight: the model knows them, the scheduler does not yet.
+        tokens = known + [ANY_TOKEN_ID] * (end - len(known))
+        truth = torch.from_numpy(true_kv(tokens))
         (block_ids,) = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
         slots = torch.tensor(
             [block_ids[t // BLOCK_SIZE] * BLOCK_SIZE + t % BLOCK_SIZE for t in range(end)]
@@ -122,22 +137,25 @@ class TierEngine:
             request.request_id in self.restored_jobs and self.quantization == Quantization.INT8
         )
         for layer, pages in enumerate(self.pages):
-            tokens = pages.view(-1, TOKEN_ELEMENTS)
-            error = (tokens[slots[:start]] - truth[:start] * (layer + 1)).abs()
+            kept = pages.view(-1, TOKEN_ELEMENTS)
+            error = (kept[slots[:start]] - truth[:start] * (layer + 1)).abs()
             allowed = 0.02 * (layer + 1) if is_lossy else 0.0
             worst = float(error.max()) if error.numel() else 0.0
             assert worst <= allowed, f"{request.request_id}: KV off by {worst} in layer {layer}"
-            tokens[slots[start:]] = truth[start:] * (layer + 1)
+            kept[slots[start:]] = truth[start:] * (layer + 1)
 
     def _answer(
-        self, output: SchedulerOutput, ending: set[str], transfers: KVConnectorOutput
+        self,
+        output: SchedulerOutput,
+        transfers: KVConnectorOutput,
+        past_prompt: set[str],
+        ending: set[str],
     ) -> None:
         ids = list(output.num_scheduled_tokens)
         sampled = []
         for job_id in ids:
-            request = self.scheduler.requests[job_id]
             token = EOS_TOKEN_ID if job_id in ending else ANY_TOKEN_ID
-            sampled.append([] if request.is_prefill_chunk else [token])
+            sampled.append([token] if job_id in past_prompt else [])
         outputs = self.scheduler.update_from_output(
             output,
             ModelRunnerOutput(
@@ -162,6 +180,11 @@ class TierEngine:
         """Step until nothing is under way."""
         for _ in range(5):
             self.step()
+
+    def drain(self) -> None:
+        """Process what is in flight."""
+        while self._in_flight:
+            self._answer(*self._in_flight.popleft(), set())
 
     def free_blocks(self) -> int:
         """Return the device blocks that nobody holds."""

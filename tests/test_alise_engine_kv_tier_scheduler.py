@@ -230,9 +230,10 @@ def test_a_reset_of_the_prefix_cache_forgets_the_tier(make: Make) -> None:
     assert long.status == RequestStatus.PREEMPTED
 
 
-def test_vllms_own_preemptions_use_the_tier(make: Make) -> None:
+@pytest.mark.parametrize("batches_in_flight", [1, 2], ids=["sync", "async"])
+def test_vllms_own_preemptions_use_the_tier(make: Make, batches_in_flight: int) -> None:
     # Blocks for two long answers, not for four; nobody is ranked.
-    engine, _ = make(slots=4, blocks=41, host_bytes=1 << 20)
+    engine, _ = make(slots=4, blocks=41, host_bytes=1 << 20, batches_in_flight=batches_in_flight)
     preempted = counted(metrics.PREEMPTED_TOKENS)
     restored = counted(tier_metrics.RESTORED_TOKENS)
     requests = add(engine, 4, prompt_tokens=100, max_tokens=200)
@@ -266,12 +267,15 @@ class Faults:
         rows[self._generator.randrange(rows.shape[0]), self._generator.randrange(100)] ^= 4
 
 
+@pytest.mark.parametrize("batches_in_flight", [1, 2], ids=["sync", "async"])
 @pytest.mark.parametrize("has_faults", [False, True], ids=["whole", "faults"])
 def test_under_pressure_every_answer_is_right_and_nothing_leaks(
-    make: Make, has_faults: bool
+    make: Make, has_faults: bool, batches_in_flight: int
 ) -> None:
     """500 jobs on a pool for about three, a tier for about one, random ranks, aborts, faults."""
-    engine, client = make(slots=8, blocks=60, host_bytes=64 << 10)
+    engine, client = make(
+        slots=8, blocks=60, host_bytes=64 << 10, batches_in_flight=batches_in_flight
+    )
     generator = random.Random(7)
     free_before = engine.free_blocks()
     faults = Faults(engine, generator) if has_faults else None
@@ -296,6 +300,7 @@ def test_under_pressure_every_answer_is_right_and_nothing_leaks(
             faults.flip_a_bit()
         engine.step()
     engine.settle()
+    engine.drain()
     assert len(engine.finished.keys() | aborted) == 500
     assert engine.free_blocks() == free_before
     assert engine.tier.manager.used_slots() == 0

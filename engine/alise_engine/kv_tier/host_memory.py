@@ -32,4 +32,5 @@ class HostMemory:
         return self._checksums[slot] is not None and self._checksums[slot] == self._digest(slot)
 
     def _digest(self, slot: int) -> int:
-        return xxhash.xxh3_64_intdigest(self._bytes[slot])
+        digest: int = xxhash.xxh3_64_intdigest(self._bytes[slot])
+        return digest
