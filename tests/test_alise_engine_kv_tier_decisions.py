@@ -30,10 +30,9 @@ COSTS = CopyCosts(store_s_per_token=0.002, load_s_per_token=0.001, prefill_s_per
 @pytest.mark.parametrize(
     ("copy", "expected_s"),
     [
-        pytest.param(Copy(100, 0, 96), 96 * 0.003 + 4 * 0.01, id="nothing stored"),
-        pytest.param(Copy(100, 96, 96), 96 * 0.001 + 4 * 0.01, id="all stored"),
-        pytest.param(Copy(100, 48, 96), 48 * 0.002 + 96 * 0.001 + 4 * 0.01, id="half stored"),
-        pytest.param(Copy(10, 0, 0), 10 * 0.01, id="less than a block is computed again"),
+        pytest.param(Copy(100, 0), 100 * 0.002 + 100 * 0.001, id="nothing stored"),
+        pytest.param(Copy(100, 96), 4 * 0.002 + 100 * 0.001, id="most stored"),
+        pytest.param(Copy(100, 112), 100 * 0.001, id="stored beyond what is on the device"),
     ],
 )
 def test_swapping_costs_what_is_missing_and_the_way_back(copy: Copy, expected_s: float) -> None:
@@ -41,7 +40,7 @@ def test_swapping_costs_what_is_missing_and_the_way_back(copy: Copy, expected_s:
 
 
 def test_preempting_costs_the_cheaper_way() -> None:
-    copy = Copy(100, 0, 96)
+    copy = Copy(100, 0)
     slow_copies = CopyCosts(0.02, 0.02, prefill_s_per_token=0.001)
     assert preemption_s(copy, COSTS) == swap_s(copy, COSTS) < recompute_s(copy, COSTS)
     assert preemption_s(copy, slow_copies) == recompute_s(copy, slow_copies) == 0.1

@@ -9,7 +9,7 @@ from alise_engine.kv_tier.layout import (
     TierTooSmallError,
     slots_within,
 )
-from alise_engine.kv_tier.manager import HostTierManager
+from alise_engine.kv_tier.manager import HostTierManager, tail_key
 from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext
 
 LLAMA_8B = SlotLayout(
@@ -80,6 +80,29 @@ def test_blocks_that_are_read_or_written_are_not_evicted() -> None:
     assert manager.make_room("new", 4, is_running=False) == 1  # the second block of "read"
     manager.complete_load(keys(1), context("read"))
     assert manager.make_room("new", 4, is_running=False) == 2
+
+
+def test_a_tail_is_the_last_block_and_goes_when_its_job_runs_again() -> None:
+    manager = HostTierManager(4)
+    store(manager, "a", 2)
+    manager.prepare_store([tail_key(40)], context("a"))
+    manager.complete_store([tail_key(40)], context("a"))
+    assert (manager.blocks_of("a"), manager.tail_of("a")) == (2, 40)
+    manager.prepare_load([tail_key(40)], context("a"))
+    manager.drop_tail("a")  # is just being read
+    assert manager.tail_of("a") == 40
+    manager.complete_load([tail_key(40)], context("a"))
+    assert (manager.blocks_of("a"), manager.tail_of("a"), manager.used_slots()) == (2, None, 2)
+
+
+def test_a_tail_is_evicted_first() -> None:
+    manager = HostTierManager(3)
+    manager.waiting_times = lambda _: {"new": 1.0}
+    store(manager, "a", 2)
+    manager.prepare_store([tail_key(40)], context("a"))
+    manager.complete_store([tail_key(40)], context("a"))
+    assert manager.make_room("new", 1, is_running=False) == 1
+    assert (manager.blocks_of("a"), manager.tail_of("a")) == (2, None)
 
 
 def test_an_ended_job_frees_its_slots_when_the_copies_have_ended() -> None:

@@ -10,7 +10,6 @@ import torch
 from alise_engine.kv_tier import worker as worker_module
 from alise_engine.kv_tier.layout import Quantization, SlotLayout
 from alise_engine.kv_tier.manager import HostSlots
-from alise_engine.kv_tier.quantization import BlockCodec, CpuBlockCodec
 from alise_engine.kv_tier.worker import TierWorker, stacked
 from vllm.v1.kv_offload.base import GPULoadStoreSpec
 
@@ -59,22 +58,6 @@ def test_without_quantization_every_bit_returns(dtype: torch.dtype) -> None:
     round_trip(worker, list(range(20)), list(range(39, 19, -1)))
     for page in pages:
         assert torch.equal(page[:20], page[20:].flip(0))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_compiled_codec_does_what_torchs_does(dtype: torch.dtype) -> None:
-    values = torch.randn(LAYERS, 2, ELEMENTS) * torch.logspace(-7, 4, LAYERS)[:, None, None]
-    results = []
-    for make_one in (CpuBlockCodec, lambda shape, pages: BlockCodec(shape, 1, pages)):
-        pages = values.to(dtype)
-        shape = layout(Quantization.INT8, dtype)
-        codec, slot = make_one(shape, pages), torch.zeros(1, shape.slot_bytes, dtype=torch.int8)
-        assert torch.equal(pages, values.to(dtype))
-        codec.encode([0], slot)
-        codec.decode(slot, [1])
-        results.append((slot, pages))
-    for compiled, torchs in zip(*results, strict=True):
-        assert torch.equal(compiled, torchs)
 
 
 def test_zeros_and_tiny_numbers_survive() -> None:

@@ -38,8 +38,6 @@ class Copy:
     """Tokens with KV on the device now."""
     stored_tokens: int
     """Of these, tokens that the host holds."""
-    storable_tokens: int
-    """Of these, tokens in full blocks: the rest of the last block is computed again in any case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +47,7 @@ class LikelyVictim:
     job_id: str
     remaining_s: float | None
     unstored_blocks: int
+    """Full ones: the last block of a running job changes with every step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +76,9 @@ class TierParameters:
 
 
 def swap_s(copy: Copy, costs: CopyCosts) -> float:
-    """Return what moving a job out and in again costs: missing blocks, all blocks, its tail."""
-    store_s = max(copy.storable_tokens - copy.stored_tokens, 0) * costs.store_s_per_token
-    load_s = copy.storable_tokens * costs.load_s_per_token
-    tail_s = (copy.context_tokens - copy.storable_tokens) * costs.prefill_s_per_token
-    return store_s + load_s + tail_s
+    """Return what moving a job out and in again costs: what is missing out, everything in."""
+    store_s = max(copy.context_tokens - copy.stored_tokens, 0) * costs.store_s_per_token
+    return store_s + copy.context_tokens * costs.load_s_per_token
 
 
 def recompute_s(copy: Copy, costs: CopyCosts) -> float:

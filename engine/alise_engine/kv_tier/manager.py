@@ -1,8 +1,9 @@
 """The host tier's index: which slot holds which block of which job. Scheduler side.
 
 Copies are private to their job: a lookup by another one misses, though it had the same tokens. A
-copy is a prefix of its job's blocks and shrinks from its tail only. It does not decide whom to
-store or evict for (`decisions` does), nor copy anything (the worker does).
+copy is a prefix of its job's blocks and shrinks from its end only. Of a preempted job its *tail*
+may be there, too: the last, unfilled block, which is of no use once the job runs again. It does not
+decide whom to store or evict for (`decisions` does), nor copy anything (the worker does).
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ from vllm.v1.kv_offload.base import (
 )
 
 from alise_engine.kv_tier.decisions import Holding, choose_evictions
+
+_TAIL = b"tail-"
+
+
+def tail_key(tokens: int) -> OffloadKey:
+    """Return the key of the unfilled block that ends a context of so many tokens."""
+    return OffloadKey(_TAIL + str(tokens).encode())
 
 
 class HostSlots(LoadStoreSpec):  # type: ignore[misc]  # vLLM is untyped to us
@@ -43,9 +51,15 @@ class _JobCopy:
     """What the host holds of one job."""
 
     blocks: OrderedDict[OffloadKey, _Block] = field(default_factory=OrderedDict)
+    tail_tokens: int | None = None
+    """Tokens of context up to the end of the tail, if that is the last of `blocks`."""
     lost: str = "not_stored"
     """Why there is no more of it."""
     is_ended: bool = False
+
+    def full_blocks(self) -> int:
+        """Return how many leading blocks there are without the tail."""
+        return len(self.blocks) - (self.tail_tokens is not None)
 
     def evictable(self) -> int:
         """Return how many blocks at the tail are neither being written nor being read."""
@@ -74,9 +88,14 @@ class HostTierManager(OffloadingManager):  # type: ignore[misc]  # vLLM is untyp
         return self.slots - len(self._free)
 
     def blocks_of(self, job_id: str) -> int:
-        """Return how many leading blocks of a job are stored, or being stored."""
+        """Return how many leading full blocks of a job are stored, or being stored."""
         copy = self._copies.get(job_id)
-        return len(copy.blocks) if copy is not None else 0
+        return copy.full_blocks() if copy is not None else 0
+
+    def tail_of(self, job_id: str) -> int | None:
+        """Return the tokens of a job up to the end of its stored tail; None without one."""
+        copy = self._copies.get(job_id)
+        return copy.tail_tokens if copy is not None else None
 
     def why_incomplete(self, job_id: str) -> str:
         """Return why the host does not hold more of a job: the label of the metric of misses."""
@@ -97,14 +116,21 @@ class HostTierManager(OffloadingManager):  # type: ignore[misc]  # vLLM is untyp
             ]
             needed = blocks - len(self._free)
             for other, count in choose_evictions(holdings, needed, times.get(job_id, float("inf"))):
-                self._drop_tail(other, count, "evicted")
+                self._drop_last(other, count, "evicted")
         return min(blocks, len(self._free))
 
     def drop_after(self, job_id: str, blocks: int, why: str) -> None:
         """Drop what the host holds of a job beyond its first `blocks` blocks."""
         copy = self._copies.get(job_id)
         if copy is not None:
-            self._drop_tail(job_id, max(len(copy.blocks) - blocks, 0), why)
+            self._drop_last(job_id, max(len(copy.blocks) - blocks, 0), why)
+
+    def drop_tail(self, job_id: str) -> None:
+        """Drop a job's tail, as it runs again; one that is just being read goes after that."""
+        copy = self._copies.get(job_id)
+        if copy is not None and copy.tail_tokens is not None and copy.evictable():
+            why = copy.lost
+            self._drop_last(job_id, 1, why)
 
     # What vLLM's connector asks.
 
@@ -131,6 +157,7 @@ class HostTierManager(OffloadingManager):  # type: ignore[misc]  # vLLM is untyp
         for key in keys:
             if key in copy.blocks:
                 copy.blocks[key].readers -= 1
+        self.drop_tail(req_context.req_id)
         self._free_if_ended(req_context.req_id)
 
     def prepare_store(
@@ -143,7 +170,10 @@ class HostTierManager(OffloadingManager):  # type: ignore[misc]  # vLLM is untyp
             return None
         slots = [self._free.pop() for _ in new_keys]
         for key, slot in zip(new_keys, slots, strict=True):
+            assert copy.tail_tokens is None, "a tail is the last block"
             copy.blocks[key] = _Block(slot)
+            if key.startswith(_TAIL):
+                copy.tail_tokens = int(key.removeprefix(_TAIL))
         copy.lost = "not_stored"
         return PrepareStoreOutput(
             keys_to_store=new_keys, store_spec=HostSlots(slots), evicted_keys=[]
@@ -185,14 +215,15 @@ class HostTierManager(OffloadingManager):  # type: ignore[misc]  # vLLM is untyp
     def _free_if_ended(self, job_id: str) -> None:
         copy = self._copies[job_id]
         if copy.is_ended:
-            self._drop_tail(job_id, copy.evictable(), "ended")
+            self._drop_last(job_id, copy.evictable(), "ended")
             if not copy.blocks:
                 del self._copies[job_id]
 
-    def _drop_tail(self, job_id: str, blocks: int, why: str) -> None:
+    def _drop_last(self, job_id: str, blocks: int, why: str) -> None:
         copy = self._copies[job_id]
         for _ in range(blocks):
             _, block = copy.blocks.popitem()
+            copy.tail_tokens = None  # it was the last
             self._free.append(block.slot)
         if blocks:
             copy.lost = why

@@ -22,17 +22,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     OffloadingConnectorScheduler,
+    TransferJobStatus,
 )
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_offload.base import GPULoadStoreSpec, OffloadKey, ReqContext
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from alise_engine.kv_tier import metrics
 from alise_engine.kv_tier.decisions import Copy, CopyCosts, recompute_s, swap_s
 from alise_engine.kv_tier.layout import Quantization
-from alise_engine.kv_tier.manager import HostTierManager
+from alise_engine.kv_tier.manager import HostTierManager, tail_key
 from alise_engine.kv_tier.spec import QuantizedOffloadingSpec
 
 _INITIAL_BYTES_PER_S = 1e9
@@ -68,6 +70,8 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]  # vLLM
         self.block_tokens: int = spec.tokens_per_block[0]
         self._slot_bytes = spec.layout.slot_bytes if spec.layout is not None else 1
         self._workers: int = spec.config.parallel.world_size
+        # Rejected drafts leave KV in the last block that is none of the answer's.
+        self._keeps_tails = vllm_config.speculative_config is None
         self._is_lossy = spec.settings.quantization == Quantization.INT8
         self._bytes_per_s = {"store": _INITIAL_BYTES_PER_S, "load": _INITIAL_BYTES_PER_S}
         self._store_jobs: dict[int, TransferJob] = {}  # to go out with the next step
@@ -88,12 +92,7 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]  # vLLM
     def copy_of(self, request: Request) -> Copy:
         """Return what the host holds of a running job."""
         tokens: int = min(request.num_computed_tokens, request.num_tokens)
-        stored = self.manager.blocks_of(request.request_id) * self.block_tokens
-        return Copy(
-            context_tokens=tokens,
-            stored_tokens=stored,
-            storable_tokens=tokens // self.block_tokens * self.block_tokens,
-        )
+        return Copy(context_tokens=tokens, stored_tokens=self.held_tokens(request))
 
     def store_ahead(self, request: Request, blocks: int) -> None:
         """Store up to `blocks` more blocks of a job that goes on running."""
@@ -105,15 +104,16 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]  # vLLM
         copy, costs = self.copy_of(request), self.costs()
         if swap_s(copy, costs) >= recompute_s(copy, costs):
             return
-        end = copy.storable_tokens // self.block_tokens
+        end = copy.context_tokens // self.block_tokens
         self._store_jobs |= self._store(request, end, is_running=False)
-
-    def is_held(self, request: Request) -> bool:
-        """Say whether the host holds anything of a job."""
-        return self.manager.blocks_of(request.request_id) > 0
+        if self._keeps_tails and self.manager.blocks_of(request.request_id) == end:
+            self._store_jobs |= self._store_tail(request, copy.context_tokens)
 
     def held_tokens(self, request: Request) -> int:
         """Return how many tokens of a job the host holds."""
+        tail = self.manager.tail_of(request.request_id)
+        if tail is not None:
+            return tail
         return self.manager.blocks_of(request.request_id) * self.block_tokens
 
     def report(self) -> None:
@@ -132,26 +132,32 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]  # vLLM
         max_num_new_tokens: int | None = None,
     ) -> tuple[int | None, bool]:
         """Return how many tokens the host has beyond those on the device, if worth loading."""
-        if not self.is_held(request):
-            # Also keeps jobs that were never stored from waiting on copies under way.
-            status = self._req_status[request.request_id]
+        status = self._req_status[request.request_id]
+        costs = self.costs()
+        is_worthwhile = costs.load_s_per_token < costs.prefill_s_per_token
+        if not self.held_tokens(request) or not is_worthwhile:
             for state in status.group_states:
                 state.block_ids.clear()
             status.num_locally_computed_tokens = num_computed_tokens
+            status.partial_tail_boundary = None
             return 0, False
         tokens, is_async = super().get_num_new_matched_tokens(
             request, num_computed_tokens, max_num_new_tokens
         )
-        costs = self.costs()
-        if tokens and costs.load_s_per_token >= costs.prefill_s_per_token:
-            return 0, False
+        tail = self.manager.tail_of(request.request_id)
+        if tokens is None or tail is None:
+            return tokens, is_async
+        if num_computed_tokens + tokens == tail // self.block_tokens * self.block_tokens:
+            status.partial_tail_boundary = tail
+            return tail - num_computed_tokens, True
         return tokens, is_async
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         """Note the load that vLLM has made room for."""
-        if request.num_preemptions and request.num_computed_tokens == 0:
+        is_return = request.num_preemptions > 0 and request.num_computed_tokens == 0
+        if is_return:
             self._count_lookup(request, num_external_tokens)
         before = set(self._current_batch_load_jobs)
         super().update_state_after_alloc(request, blocks, num_external_tokens)
@@ -163,6 +169,8 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]  # vLLM
         if num_external_tokens and self._is_lossy:
             first = self._req_status[request.request_id].num_locally_computed_tokens
             make_private(request, first // self.block_tokens)
+        if is_return:
+            self.manager.drop_tail(request.request_id)
 
     def build_connector_meta(
         self, scheduler_output: SchedulerOutput
@@ -237,6 +245,45 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]  # vLLM
         jobs: dict[int, TransferJob] = super()._build_store_jobs(step)
         return jobs
 
+    def _store_tail(self, request: Request, tokens: int) -> dict[int, TransferJob]:
+        """Return the job that stores a job's last block, which `tokens` tokens do not fill."""
+        job_id, place = request.request_id, tokens // self.block_tokens
+        status = self._req_status.get(job_id)
+        if status is None or tokens % self.block_tokens == 0:
+            return {}
+        (state,) = status.group_states
+        is_loading = any(not self._jobs[i].is_store for i in status.transfer_jobs)
+        if is_loading or place >= len(state.block_ids):
+            return {}
+        if not self.manager.make_room(job_id, 1, is_running=False):
+            return {}
+        key, block = tail_key(tokens), state.block_ids[place]
+        output = self.manager.prepare_store([key], status.req_context)
+        assert output is not None, "there was room"
+        transfer_id: int = self._generate_job_id()
+        status.transfer_jobs.add(transfer_id)
+        self._jobs[transfer_id] = TransferJobStatus(
+            req_id=job_id,
+            pending_count=self._workers,
+            keys={key},
+            is_store=True,
+            deferred_fence_block_ids=[block],
+        )
+        source = GPULoadStoreSpec([block], group_sizes=[1], block_indices=[place])
+        return {transfer_id: TransferJob(job_id, source, output.store_spec)}
+
+    def _make_boundary_key(
+        self,
+        request: Request,  # noqa: ARG002 # vLLM's hook
+        group_idx: int,  # noqa: ARG002
+        boundary_tokens: int,
+        req_context: ReqContext,
+    ) -> OffloadKey:
+        """Return the key under which the unfilled block before a boundary was stored."""
+        key = tail_key(boundary_tokens)
+        req_context.set_offload_key_position(key, boundary_tokens)
+        return key
+
     # Counting.
 
     def _measure(self, direction: str, stats: DirectionalTransferStats) -> None:
@@ -250,9 +297,9 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]  # vLLM
         status = self._req_status[request.request_id]
         local = status.num_locally_computed_tokens
         missing = request.num_tokens - 1 - local - loaded_tokens
-        if missing < self.block_tokens:
+        if missing <= 0:
             result = "hit"
-        elif self.is_held(request) and not loaded_tokens:
+        elif self.held_tokens(request) > local and not loaded_tokens:
             result = "recompute_cheaper"
         else:
             result = self.manager.why_incomplete(request.request_id)
@@ -263,11 +310,16 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]  # vLLM
 def make_private(request: Request, first_block: int) -> None:
     """Change a job's block hashes from `first_block` on, so that only it can match them.
 
-    Later blocks chain from the last hash and so become private too: their KV was computed with
-    lossy KV before it.
+    Later blocks chain from the last hash and so become private too: they hold lossy KV, or KV that
+    was computed with some before it.
     """
     key = request.request_id.encode()[-_SALT_KEY_BYTES:]
     hashes = request.block_hashes
+    if not hashes:
+        request.cache_salt = f"alise-{request.request_id}"  # goes into the first block's hash
+        return
+    # With only the last, unfilled block restored, there is none yet that its hash would chain from.
+    first_block = min(first_block, len(hashes) - 1)
     hashes[first_block:] = [
         hashlib.blake2b(value, digest_size=len(value), key=key).digest()
         for value in hashes[first_block:]

@@ -169,6 +169,7 @@ class TierSteering:
         for request in self._scheduler.running[: -_VICTIMS_CONSIDERED - 1 : -1]:
             if self._jobs.is_likely_victim(request):
                 copy = self._tier.copy_of(request)
-                unstored = (copy.storable_tokens - copy.stored_tokens) // self._tier.block_tokens
+                missing = copy.context_tokens - copy.stored_tokens
+                unstored = missing // self._tier.block_tokens
                 remaining_s = self._jobs.remaining_s(request)
                 yield LikelyVictim(request.request_id, remaining_s, max(unstored, 0))

@@ -22,7 +22,7 @@ from alise_engine.kv_tier import metrics
 from alise_engine.kv_tier.host_memory import HostMemory
 from alise_engine.kv_tier.layout import SlotLayout
 from alise_engine.kv_tier.manager import HostSlots
-from alise_engine.kv_tier.quantization import make_codec
+from alise_engine.kv_tier.quantization import BlockCodec
 
 logger = logging.getLogger("vllm.alise.kv_tier")
 
@@ -61,7 +61,7 @@ class TierWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM is untyped to 
         self._device = pages.device
         self._is_cuda = self._device.type == "cuda"
         self._memory = HostMemory(slots, layout.slot_bytes, is_pinned=self._is_cuda)
-        self._codec = make_codec(layout, STAGING_SLOTS, pages)
+        self._codec = BlockCodec(layout, STAGING_SLOTS if self._is_cuda else 1, pages)
         self._stream = torch.cuda.Stream(self._device) if self._is_cuda else None
         self._transfers: list[_Transfer] = []
         self._invalid_blocks: set[int] = set()
