@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
+from alise_operator.api.base import GROUP, KIND, PLURAL, VERSION
+
 Manifest: TypeAlias = dict[str, Any]
 
 
@@ -29,6 +31,10 @@ class Kind:
         """Whether a cluster may lack it."""
         return bool(self.product)
 
+
+ALISE_SERVICE: Final = Kind(GROUP, VERSION, KIND, PLURAL)
+POD: Final = Kind("", "v1", "Pod", "pods")
+EVENT: Final = Kind("", "v1", "Event", "events")
 
 CONFIG_MAP: Final = Kind("", "v1", "ConfigMap", "configmaps")
 PVC: Final = Kind("", "v1", "PersistentVolumeClaim", "persistentvolumeclaims")
