@@ -106,6 +106,6 @@ RUNNING: dict[str, Any] = {"state": {"running": {}}, "started": True, "ready": T
 LOADING: dict[str, Any] = {"state": {"running": {}}, "started": False, "ready": False}
 
 
-def waiting(reason: str, message: str = "", **last: Any) -> dict[str, Any]:
+def waiting(why: str, said: str = "", **last: Any) -> dict[str, Any]:
     last_state = {"lastState": {"terminated": last}} if last else {}
-    return {"state": {"waiting": {"reason": reason, "message": message}}, **last_state}
+    return {"state": {"waiting": {"reason": why, "message": said}}, **last_state}

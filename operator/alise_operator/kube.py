@@ -12,7 +12,7 @@ from typing import Any, Final
 import httpx2 as httpx
 from lightkube import AsyncClient
 from lightkube.core.exceptions import ApiError
-from lightkube.generic_resource import GenericNamespacedResource, create_namespaced_resource
+from lightkube.generic_resource import create_global_resource, create_namespaced_resource
 from lightkube.types import CascadeType, PatchType
 
 from alise_operator.manifests.kinds import ALISE_SERVICE, EVENT, Kind, Manifest
@@ -46,16 +46,18 @@ class Kube:
     def __init__(self, client: AsyncClient, metrics: Metrics) -> None:
         self._client = client
         self._metrics = metrics
-        self._resources: dict[Kind, type[GenericNamespacedResource]] = {}
+        self._resources: dict[Kind, Any] = {}
 
-    async def get(self, kind: Kind, namespace: str, name: str) -> dict[str, Any] | None:
-        """Return an object, None if there is none."""
+    async def get(self, kind: Kind, namespace: str | None, name: str) -> dict[str, Any] | None:
+        """Return an object, None if there is none; `namespace` is None for those of the cluster."""
+        where = {"namespace": namespace} if kind.is_namespaced else {}
         try:
-            return await self._call(
-                "get", kind, self._client.get, self._resource(kind), name, namespace=namespace
+            answer: dict[str, Any] = await self._call(
+                "get", kind, self._client.get, self._resource(kind), name, **where
             )
         except NotThereError:
             return None
+        return answer
 
     async def apply(self, kind: Kind, manifest: Manifest) -> dict[str, Any]:
         """Apply `manifest` on the server's side, taking over the fields that it names."""
@@ -97,7 +99,7 @@ class Kube:
 
     async def list(self, kind: Kind, namespace: str | None) -> AsyncIterator[dict[str, Any]]:
         """Yield our objects of a kind, page by page; `namespace` None: of all namespaces."""
-        labels = None if kind is ALISE_SERVICE else {MANAGED_BY: MANAGER}
+        labels: Any = None if kind is ALISE_SERVICE else {MANAGED_BY: MANAGER}
         pages = self._client.list(
             self._resource(kind), namespace=namespace or "*", chunk_size=_CHUNK, labels=labels
         ).__aiter__()
@@ -116,28 +118,28 @@ class Kube:
             return False
         return True
 
-    def _resource(self, kind: Kind) -> type[GenericNamespacedResource]:
+    def _resource(self, kind: Kind) -> Any:
         if kind not in self._resources:
-            self._resources[kind] = create_namespaced_resource(
-                kind.group, kind.version, kind.kind, kind.plural
-            )
+            create = create_namespaced_resource if kind.is_namespaced else create_global_resource
+            self._resources[kind] = create(kind.group, kind.version, kind.kind, kind.plural)
         return self._resources[kind]
 
     async def _patch(
         self, kind: Kind, resource: Any, name: str, body: Manifest, metadata: dict[str, Any]
     ) -> dict[str, Any]:
-        return await self._call(
+        answer: dict[str, Any] = await self._call(
             "apply",
             kind,
             self._client.patch,
             resource,
             name,
             body,
-            namespace=metadata["namespace"],
+            **({"namespace": metadata["namespace"]} if kind.is_namespaced else {}),
             patch_type=PatchType.APPLY,
             field_manager=MANAGER,
             force=True,
         )
+        return answer
 
     async def _call(
         self, verb: str, kind: Kind, method: Callable[..., Any], *args: Any, **kwargs: Any

@@ -15,8 +15,10 @@ from typing import Any, Final
 from alise_operator.kube import Kube, RefusedError, UnavailableError
 from alise_operator.manifests.kinds import Kind
 
-PEERING: Final = Kind("kopf.dev", "v1", "KopfPeering", "kopfpeerings")
-CLUSTER_PEERING: Final = Kind("kopf.dev", "v1", "ClusterKopfPeering", "clusterkopfpeerings")
+PEERING: Final = Kind("kopf.dev", "v1", "KopfPeering", "kopfpeerings", "kopf")
+CLUSTER_PEERING: Final = Kind(
+    "kopf.dev", "v1", "ClusterKopfPeering", "clusterkopfpeerings", "kopf", False
+)
 _TRUSTED_S: Final = 5.0
 
 
@@ -39,20 +41,33 @@ class Leadership:
     kube: Kube
     name: str | None
     """Name of the peering object; None: there is no other operator."""
-    namespace: str | None
-    """Its namespace; None: it is of the cluster."""
+    namespaces: tuple[str, ...]
+    """Where there is such an object; empty: it is of the cluster."""
     identity: str
     priority: int
     _asked_s: float = float("-inf")
     _leads: bool = True
 
+    async def prepare(self) -> None:
+        """Make the peering objects, which kopf expects to find."""
+        if self.name is None:
+            return
+        kind = PEERING if self.namespaces else CLUSTER_PEERING
+        for namespace in self.namespaces or (None,):
+            metadata = {"name": self.name, **({"namespace": namespace} if namespace else {})}
+            await self.kube.apply(
+                kind, {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": metadata}
+            )
+
     async def holds(self) -> bool:
         """Say whether this operator leads, as of some seconds ago."""
         if self.name is None or time.monotonic() - self._asked_s < _TRUSTED_S:
             return self._leads
-        kind = CLUSTER_PEERING if self.namespace is None else PEERING
+        kind, namespace = (
+            (PEERING, self.namespaces[0]) if self.namespaces else (CLUSTER_PEERING, None)
+        )
         try:
-            found = await self.kube.get(kind, self.namespace, self.name)
+            found = await self.kube.get(kind, namespace, self.name)
         except (UnavailableError, RefusedError):
             return self._leads
         peers = (found or {}).get("status") or {}

@@ -13,7 +13,7 @@ from lightkube import AsyncClient
 from alise_operator.audit import Audit
 from alise_operator.endpoints import endpoints
 from alise_operator.handlers import configure, register
-from alise_operator.kube import Kube
+from alise_operator.kube import Kube, UnavailableError
 from alise_operator.leadership import Leadership
 from alise_operator.metrics import Metrics
 from alise_operator.optional_apis import OptionalApis
@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 20.0
 _DRAIN_S = 10.0
+_FIRST_PAUSE_S = 0.5
+_LAST_PAUSE_S = 15.0
 
 
 class Operator:
@@ -39,7 +41,11 @@ class Operator:
         first = settings.namespaces[0] if settings.namespaces else None
         self.apis = OptionalApis(self.kube, first)
         self.leadership = Leadership(
-            self.kube, settings.peering, first, settings.identity, settings.priority
+            self.kube,
+            settings.peering,
+            settings.namespaces,
+            settings.identity,
+            settings.priority,
         )
         self.reconciler = Reconciler(
             self.kube, self.store, self.apis, settings.images, self.metrics
@@ -63,8 +69,7 @@ class Operator:
         is_cluster_wide = not self.settings.namespaces
         configure(kopf_settings, is_cluster_wide=is_cluster_wide)
         register(registry, self.store, self.queue)
-        await self.apis.refresh()
-        self._log_apis()
+        await self._prepare()
         tasks = [
             asyncio.create_task(self.queue.run(self.settings.workers)),
             asyncio.create_task(self._follow_apis()),
@@ -87,6 +92,21 @@ class Operator:
                 )
         finally:
             await self._finish(tasks)
+
+    async def _prepare(self) -> None:
+        """Do what must be done before anything is watched, however long the API server is away."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                await self.leadership.prepare()
+                await self.apis.refresh()
+            except UnavailableError as error:
+                _log.warning("the API server does not answer yet: %s", error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+            else:
+                self._log_apis()
+                return
 
     async def _finish(self, tasks: list[asyncio.Task[None]]) -> None:
         """Let reconciles that run come to their end, then stop."""

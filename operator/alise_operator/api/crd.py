@@ -50,7 +50,7 @@ def crd() -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, _: Any) -> bool:  # type: ignore[override]
+    def ignore_aliases(self, _: Any) -> bool:
         return True
 
 

@@ -20,6 +20,7 @@ class Kind:
     plural: str
     product: str = ""
     """What brings this API; empty: every cluster has it."""
+    is_namespaced: bool = True
 
     @property
     def api_version(self) -> str:

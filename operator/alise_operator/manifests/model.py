@@ -53,9 +53,9 @@ def adapters(service: ServiceView) -> Weights:
             mounts.append(_mount(f"adapter-{index}", folder, read_only=True))
             rest = _join(folder, path)
         modules.append(f"{adapter.name}={rest}")
-    options = ("--enable-lora", "--max-lora-rank", str(lora.max_rank))
-    options += ("--max-loras", str(lora.max_loaded), "--lora-modules", *modules)
-    return Weights(options, tuple(volumes), tuple(mounts))
+    options = ["--enable-lora", "--max-lora-rank", str(lora.max_rank)]
+    options += ["--max-loras", str(lora.max_loaded), "--lora-modules", *modules]
+    return Weights(tuple(options), tuple(volumes), tuple(mounts))
 
 
 def _cache_volume(service: ServiceView) -> dict[str, Any]:

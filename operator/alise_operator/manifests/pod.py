@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from alise_operator.api.base import names
+from alise_operator.api.base import GROUP, names
 from alise_operator.manifests import model
 from alise_operator.manifests.container import POD_SECURITY, gib
 from alise_operator.manifests.engine import PRE_STOP_S, engine_container
 from alise_operator.manifests.merge import merged
 from alise_operator.manifests.predictor import predictor_container, seed_container
-from alise_operator.manifests.service_view import GROUP, ServiceView
+from alise_operator.manifests.service_view import ServiceView
 
 # `alise serve` gives vLLM 15 s beyond the drain, and then ends the rest.
 _AFTER_DRAIN_S = 25
