@@ -242,7 +242,8 @@ class Cluster:
         for body in yaml.safe_load_all(path.read_text()):
             name = body["metadata"]["name"]
             where = f"apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}"
-            self.apply(where, body).raise_for_status()
+            answer = self.apply(where, body)
+            assert answer.is_success, answer.text
             group, plural = body["spec"]["group"], body["spec"]["names"]["plural"]
             (version, *_) = [v["name"] for v in body["spec"]["versions"] if v["storage"]]
             eventually(lambda g=group, v=version, p=plural: self.get(f"apis/{g}/{v}/{p}"))

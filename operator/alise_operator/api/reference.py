@@ -33,7 +33,8 @@ def _section(path: str, schema: Schema) -> Iterator[str]:
     required = schema.get("required", [])
     nested = []
     for name, field in schema["properties"].items():
-        must = "**required**" if name in required else _code(field.get("default"))
+        default = None if "properties" in field else field.get("default")
+        must = "**required**" if name in required else _code(default)
         yield (
             f"| `{name}` | {_type(field)} | {must} | {_allowed(field)} | "
             f"{_cell(field.get('description', ''))} |"

@@ -1,7 +1,6 @@
 """From pydantic's JSON schema to the structural schema that a CRD takes.
 
-Inlines references, drops what structural schemas do not know, and turns defaults of whole objects
-into `{}`, as the fields inside bring their own. Knows no field of ours.
+Inlines references, and drops what structural schemas do not know. Knows no field of ours.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def _structural(source: Schema, definitions: Schema) -> Schema:
         result["enum"] = [node["const"]]
     if result.get("type") == "integer":
         result.setdefault("format", "int32")
-    if (default := _default(node, result)) is not None:
+    if (default := _without_nulls(node.get("default"))) is not None:
         result["default"] = default
     if "description" in result:
         result["description"] = " ".join(result["description"].split())
@@ -54,17 +53,9 @@ def _resolved(source: Schema, definitions: Schema) -> Schema:
     return node
 
 
-def _default(node: Schema, result: Schema) -> Any:
-    return _minimal(node.get("default"), result)
-
-
-def _minimal(default: Any, schema: Schema) -> Any:
-    """Leave out of an object's default what the defaults of its fields bring anyway."""
-    if not isinstance(default, dict) or "properties" not in schema:
+def _without_nulls(default: Any) -> Any:
+    """Leave out of a default what is unset; the rest stays, as CEL rules are checked against it."""
+    if not isinstance(default, dict):
         return default
-    minimal = {}
-    for name, value in default.items():
-        field = schema["properties"][name]
-        if value not in (None, {}) and (said := _minimal(value, field)) != field.get("default"):
-            minimal[name] = said
-    return minimal
+    kept = {name: _without_nulls(value) for name, value in default.items() if value is not None}
+    return {name: value for name, value in kept.items() if value != {}}
