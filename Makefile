@@ -20,7 +20,7 @@ ARGS ?=
 .PHONY: help install serve test test-fast test-operator lint format proto operator-generate bench clean
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 install: $(STAMP) ## Make the environment: vLLM's CPU build, ALISE, the default model, the tools
 

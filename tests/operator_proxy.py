@@ -6,7 +6,7 @@ import asyncio
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
@@ -127,6 +127,10 @@ class Proxy:
                 for k, v in upstream.headers.items()
                 if k.lower() not in {*dropped, "content-encoding"}
             }
+            known = parsed(request.method, request.path, dict(request.query))
+            if known is not None and known.verb == "patch" and upstream.status == 201:
+                # An apply that makes the object needs both rights.
+                self.requests.append(replace(known, verb="create"))
             answer = web.StreamResponse(status=upstream.status, headers=kept)
             await answer.prepare(request)
             async for chunk in upstream.content.iter_any():

@@ -80,7 +80,7 @@ class Audit:
         missed = [b for b in newer if now.get(object_name(kind, b), 0) < version_of(b)]
         lost = [name for name in gone if now.get(name) == before[name]]
         count = sum([self._take_in(kind, body) for body in missed])
-        count += sum([await self._let_go(name) for name in lost])
+        count += sum([self._let_go(name) for name in lost])
         if count:
             _log.error("%d changes of %s were missed", count, kind.kind)
             self.metrics.missed_events.labels(kind.kind).inc(count)
@@ -94,9 +94,7 @@ class Audit:
         self.queue.add(key)
         return True
 
-    async def _let_go(self, name: ObjectName) -> bool:
-        if await self.kube.get(*name) is not None:
-            return False  # it came back meanwhile
+    def _let_go(self, name: ObjectName) -> bool:
         key = self.store.drop(name)
         if key is not None:
             self.queue.add(key)

@@ -28,7 +28,7 @@ the object: Helm cannot make one of a kind whose CRD comes with the same release
 {{- define "alise.rules" -}}
 - apiGroups: [serving.alise.dev]
   resources: [aliseservices]
-  verbs: [get, list, watch]
+  verbs: [list, watch]
 - apiGroups: [serving.alise.dev]
   resources: [aliseservices/status]
   verbs: [patch]
@@ -38,7 +38,7 @@ the object: Helm cannot make one of a kind whose CRD comes with the same release
   verbs: [update]
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch]
+  verbs: [list, watch]
 - apiGroups: [""]
   resources: [events]
   verbs: [create]
