@@ -326,7 +326,13 @@ class OperatorProcess:
                 self._command, env=self._environment, stdout=log, stderr=log
             )
         if wait:
-            eventually(lambda: self.get("readyz").status_code == 200, "the operator is ready")
+            eventually(self._is_ready, "the operator is ready")
+
+    def _is_ready(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            pytest.fail(f"the operator has ended: {self.log[-4000:]}")
+        return self.get("readyz").status_code == 200
 
     def kill(self) -> None:
         """End it as a power cut would."""
@@ -357,8 +363,8 @@ class OperatorProcess:
 @contextmanager
 def running(operator: OperatorProcess) -> Iterator[OperatorProcess]:
     """Run an operator inside the block; its log is shown if the test fails."""
-    operator.start()
     try:
+        operator.start()
         yield operator
     except BaseException:
         print(operator.log[-6000:])

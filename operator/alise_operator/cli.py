@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import socket
@@ -22,6 +23,7 @@ from alise_operator.settings import DEFAULT_PORT, Settings
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
+    pretty_exceptions_enable=False,  # they show local variables, and so might show a token
     help="The Kubernetes operator: turns ALISEService objects into serving pods.",
 )
 
@@ -116,6 +118,8 @@ def run(
     """Run the operator against the cluster of KUBECONFIG, or of the pod that it runs in."""
     style = kopf.LogFormat.JSON if log_format is LogFormat.JSON else kopf.LogFormat.FULL
     kopf.configure(verbose=verbose, log_format=style)
+    for chatty in ("httpx2", "kopf.objects"):  # a line for each request, and for each event
+        logging.getLogger(chatty).setLevel(logging.INFO if verbose else logging.WARNING)
     settings = Settings(
         images=DefaultImages(engine_image, engine_cpu_image, predictor_image),
         namespaces=tuple(namespaces or ()),

@@ -22,7 +22,13 @@ _REQUEST_TIMEOUT_S: Final = 30.0
 
 
 def register(registry: kopf.OperatorRegistry, store: Store, queue: WorkQueue[Key]) -> None:
-    """Register the watches of services, children and pods."""
+    """Register the watches of services, children and pods, and how kopf finds the cluster."""
+
+    @kopf.on.login(registry=registry)
+    def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+        # In the order in which lightkube looks.
+        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+
     for kind in (ALISE_SERVICE, POD, *KINDS):
         _watch(registry, kind, store, queue)
 
