@@ -132,7 +132,7 @@ def test_killed_at_random_points_it_always_converges(
         Fault(status=429),
         Fault(status=500),
         Fault(status=503),
-        Fault(delay_s=3.0),
+        Fault(delay_s=1.0),
         Fault(is_lost=True),
     ],
     ids=["409", "429", "500", "503", "slow", "lost"],
@@ -144,7 +144,7 @@ def test_failing_requests_are_retried(
 
     def sometimes(request: Request) -> Fault | None:
         is_ours = request.verb in ("get", "create", "patch", "delete")
-        return fault if is_ours and randomness.random() < 0.4 else None
+        return fault if is_ours and randomness.random() < 0.25 else None
 
     with proxied(crd, operator_kubeconfig, tmp_path) as (proxy, operator):
         proxy.faults = sometimes

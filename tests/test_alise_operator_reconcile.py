@@ -215,6 +215,20 @@ def test_what_is_refused_is_reported_and_the_rest_goes_on(world: World) -> None:
     assert "Refused" in world.kube.events
 
 
+def test_one_child_that_fails_does_not_hold_back_the_others(world: World) -> None:
+    original = world.kube.apply
+
+    async def apply(kind: Kind, manifest: dict[str, Any]) -> dict[str, Any]:
+        if kind.kind == "ServiceAccount":
+            raise UnavailableError("500: a webhook is broken", others_may_succeed=True)
+        return await original(kind, manifest)
+
+    world.kube.apply = apply  # type: ignore[method-assign]
+    with pytest.raises(RetryLaterError):
+        world.reconcile()
+    assert world.child("Deployment")
+
+
 def test_an_invalid_spec_touches_no_child(world: World) -> None:
     world.reconcile()
     world.user_applies(replicas="many")

@@ -27,9 +27,13 @@ _DEFAULT_RETRY_S: Final = 1.0
 class UnavailableError(Exception):
     """The API server could not serve the request now; the same request may succeed later."""
 
-    def __init__(self, message: str, after_s: float = 0.0) -> None:
+    def __init__(
+        self, message: str, after_s: float = 0.0, *, others_may_succeed: bool = False
+    ) -> None:
         super().__init__(message)
         self.after_s = after_s
+        self.others_may_succeed = others_may_succeed
+        """Whether only this object seems to be concerned, as by a broken webhook."""
 
 
 class RefusedError(Exception):
@@ -164,7 +168,9 @@ def _meaning(error: httpx.HTTPStatusError, kind: Kind) -> Exception:
     if code == httpx.codes.NOT_FOUND or _is_ending(error):
         return NotThereError(message)
     if code in _RETRIED or code >= httpx.codes.INTERNAL_SERVER_ERROR:
-        return UnavailableError(f"{code}: {message}", _retry_after_s(error))
+        is_overload = code in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE)
+        text, after_s = f"{kind.kind}: {code}: {message}", _retry_after_s(error)
+        return UnavailableError(text, after_s, others_may_succeed=not is_overload)
     if code == httpx.codes.UNAUTHORIZED:  # a token that is being rotated
         return UnavailableError(f"{code}: {message}", _DEFAULT_RETRY_S)
     return RefusedError(f"{kind.kind}: {message}")

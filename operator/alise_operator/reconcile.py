@@ -122,7 +122,9 @@ class Reconciler:
     ) -> list[str]:
         """Apply and delete what differs; returns what the API server refused."""
         live = self.store.children(key)
-        todo, refused = plan(service, manifests, live), []
+        todo = plan(service, manifests, live)
+        refused: list[str] = []
+        unavailable: UnavailableError | None = None
         found = {(child.kind, child.name): child for child in live}
         for manifest in todo.apply:
             known = found.get((kind_of(manifest), manifest["metadata"]["name"]))
@@ -130,6 +132,12 @@ class Reconciler:
                 await self._apply(key, service, manifest, known)
             except RefusedError as error:
                 refused.append(str(error))
+            except UnavailableError as error:
+                if not error.others_may_succeed:
+                    raise
+                unavailable = error
+        if unavailable is not None:
+            raise unavailable
         for child in todo.delete:
             _log.info("deleting %s %s", child.kind.kind, child.name, extra=_named(key))
             try:
