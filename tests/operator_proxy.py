@@ -115,7 +115,8 @@ class Proxy:
             request.method,
             self.target + str(request.rel_url),
             headers=headers,
-            data=await request.read(),
+            data=await request.read() or None,
+            skip_auto_headers=("Content-Type",),
         ) as upstream:
             if is_lost:
                 await upstream.read()
@@ -132,9 +133,12 @@ class Proxy:
                 # An apply that makes the object needs both rights.
                 self.requests.append(replace(known, verb="create"))
             answer = web.StreamResponse(status=upstream.status, headers=kept)
-            await answer.prepare(request)
-            async for chunk in upstream.content.iter_any():
-                await answer.write(chunk)
+            try:
+                await answer.prepare(request)
+                async for chunk in upstream.content.iter_any():
+                    await answer.write(chunk)
+            except ConnectionError:
+                pass  # the operator has ended its watch
             return answer
 
 
