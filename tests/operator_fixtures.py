@@ -43,6 +43,7 @@ def view(name: str = "qwen", namespace: str = "default", **fields: Any) -> Servi
         engine=parsed.engine.image or engine,
         predictor=parsed.predictor.image or IMAGES.predictor,
         revision=parsed.rollout.revision,
+        accelerated=parsed.engine.accelerator.count > 0,
     )
     return ServiceView(name, namespace, UID, parsed, images)
 

@@ -110,6 +110,8 @@ def test_07_an_operator_upgrade_restarts_no_pod() -> None:
     first = resolve_images(spec(), {}, IMAGES)
     status = {"resolvedImages": first.model_dump(by_alias=True)}
     assert resolve_images(spec(), status, newer) == first
+    moved = resolve_images(spec(engine={"accelerator": {"count": 0}}), status, newer)
+    assert moved.engine == "alise/engine-cpu:2"  # the pinned one would not run there
     asked = resolve_images(spec(rollout={"revision": "2"}), status, newer)
     assert asked.engine == "alise/engine:2"
 
@@ -167,7 +169,7 @@ def test_10_crds_are_templates_of_the_chart_and_all_namespaces_are_served() -> N
     chart = ROOT / "charts" / "alise-operator"
     assert not (chart / "crds").exists()  # Helm would never upgrade what lies there
     template = (chart / "templates" / "crds.yaml").read_text()
-    assert "helm.sh/resource-policy: keep" in template
+    assert '"helm.sh/resource-policy" "keep"' in template
     assert ".Values.crds.install" in template
 
 

@@ -31,9 +31,13 @@ def resolve_images(
     pinned = status.get("resolvedImages") or {}
     if pinned.get("revision", "") != spec.rollout.revision:
         pinned = {}
-    engine = defaults.engine if spec.engine.accelerator.count else defaults.engine_cpu
+    accelerated = spec.engine.accelerator.count > 0
+    engine = defaults.engine if accelerated else defaults.engine_cpu
+    if pinned.get("accelerated", True) == accelerated:
+        engine = pinned.get("engine") or engine
     return ResolvedImages(
-        engine=spec.engine.image or pinned.get("engine") or engine,
+        engine=spec.engine.image or engine,
         predictor=spec.predictor.image or pinned.get("predictor") or defaults.predictor,
         revision=spec.rollout.revision,
+        accelerated=accelerated,
     )

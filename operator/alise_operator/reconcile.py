@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, Final
@@ -83,6 +84,9 @@ class Reconciler:
         except UnavailableError as error:
             _log.warning("retried: %s", error, extra=_named(key))
             raise RetryLaterError(str(error), after_s=error.after_s) from error
+        except RefusedError as error:  # not a child, which is reported, but the status itself
+            _log.error("refused: %s", error, extra=_named(key))
+            raise RetryLaterError(str(error), after_s=_REFUSED_AGAIN_S) from error
 
     async def _reconcile(self, key: Key, body: dict[str, Any]) -> None:
         previous: Status = body.get("status") or {}
@@ -208,7 +212,7 @@ class Reconciler:
     def _forget(self, key: Key) -> None:
         for known in [known for known in self._settled if known[0] == key]:
             del self._settled[known]
-        if (key.namespace, key.name) in self.metrics.ready._metrics:
+        with suppress(KeyError):
             self.metrics.ready.remove(key.namespace, key.name)
 
 

@@ -22,6 +22,8 @@ class ResolvedImages(ApiModel):
     """Image of the sidecar."""
     revision: Annotated[str, Field(max_length=63)] = ""
     """spec.rollout.revision at which they were chosen."""
+    accelerated: bool = True
+    """Whether the engine's image was chosen for accelerators; false: for the CPU."""
 
 
 class LastFailure(ApiModel):

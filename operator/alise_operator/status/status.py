@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from alise_operator.api.service import ALISEServiceSpec
 from alise_operator.api.status import ResolvedImages
@@ -15,6 +15,9 @@ from alise_operator.status.failures import Failure, failures_of, latest
 from alise_operator.status.observation import Observation
 
 Status: TypeAlias = dict[str, Any]
+
+_MAX_REASON: Final = 128
+_MAX_MESSAGE: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +89,8 @@ def _last_failure(failure: Failure | None, previous: Mapping[str, Any]) -> dict[
     found: dict[str, Any] = {
         "pod": failure.pod,
         "container": failure.container,
-        "reason": failure.reason,
-        "message": failure.message,
+        "reason": failure.reason[:_MAX_REASON],
+        "message": failure.message[:_MAX_MESSAGE],
     }
     if failure.exit_code is not None:
         found["exitCode"] = failure.exit_code
