@@ -248,12 +248,16 @@ def test_deleting_a_namespace_never_hangs(
         config = crd.server.kubeconfig("controllers")
         command = [manager, f"--kubeconfig={config}", "--leader-elect=false", "--secure-port=0"]
         command += ["--controllers=namespace-controller,garbage-collector-controller"]
-        command += ["--controllers=pvc-protection-controller"]
+        command += ["--controllers=persistentvolumeclaim-protection-controller"]
         with (tmp_path / "controllers.log").open("wb") as log:
             controllers = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             crd.delete(f"api/v1/namespaces/{name}")
-            eventually(lambda: crd.get(f"api/v1/namespaces/{name}") is None, "it is gone")
+            gone = lambda: crd.get(f"api/v1/namespaces/{name}") is None  # noqa: E731
+            eventually(gone, "it is gone", wait_s=60)
+        except BaseException:
+            print((tmp_path / "controllers.log").read_text()[-3000:])
+            raise
         finally:
             controllers.terminate()
             controllers.wait(20)

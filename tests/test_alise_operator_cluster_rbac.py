@@ -94,6 +94,12 @@ def test_every_right_is_used_and_no_other_is_missed(
                 make(crd, "spread", {"engine": SPREAD}),
             ]
             everything, hpa, spread = services
+            # Ready at last, says its controller: an event is posted.
+            where = f"apis/apps/v1/namespaces/{NAMESPACE}/deployments/everything/status"
+            generation = everything.child("deployments")["metadata"]["generation"]
+            ready = {"observedGeneration": generation, "replicas": 1, "readyReplicas": 1}
+            assert crd.patch(where, {"status": {**ready, "updatedReplicas": 1}}).is_success
+            eventually(lambda: everything.condition("Ready")["status"] == "True")
             for service in services:
                 service.settle()
                 assert service.condition("Degraded")["reason"] == "AsExpected", service.body
