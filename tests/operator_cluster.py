@@ -373,21 +373,21 @@ def running(operator: OperatorProcess) -> Iterator[OperatorProcess]:
         operator.stop()
 
 
-def render_chart(*options: str) -> list[dict[str, Any]]:
+def render_chart(*options: str, release: str = "alise") -> list[dict[str, Any]]:
     """Return the manifests of the chart."""
     (helm,) = needs("helm")
-    command = [helm, "template", "alise", str(CHART), "--namespace", "alise-system"]
+    command = [helm, "template", release, str(CHART), "--namespace", "alise-system"]
     command += ["--kube-version", "1.34.0", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return [body for body in yaml.safe_load_all(done.stdout) if body]
 
 
-def chart_account_token(cluster: Cluster, *options: str) -> str:
+def chart_account_token(cluster: Cluster, *options: str, release: str = "alise") -> str:
     """Return a token of the chart's service account, made with the chart's roles."""
     cluster.namespace("alise-system")
     account = ""
-    for body in render_chart(*options):
+    for body in render_chart(*options, release=release):
         metadata = body["metadata"]
         if body["kind"] == "ServiceAccount":
             account = metadata["name"]

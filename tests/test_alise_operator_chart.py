@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 import yaml
 from alise_operator.api.crd import FILE_NAME
-from operator_cluster import CHART, ROOT, Cluster, eventually, needs, render_chart
+from operator_cluster import (
+    CHART,
+    ROOT,
+    Cluster,
+    OperatorProcess,
+    eventually,
+    needs,
+    render_chart,
+    running,
+)
 
 # Everything that can be switched on.
 ALL = (
@@ -220,9 +229,20 @@ def test_upgrade_and_uninstall_keep_all_services(crd: Cluster, tmp_path: Path) -
             lambda: (done := crd.kubectl("apply", "-f", minimal)).returncode == 0 and done
         )
         assert "created" in applied.stdout
-        shown = crd.kubectl("get", "alise").stdout
-        assert shown.split()[:3] == ["NAME", "READY", "REASON"]
         path = "apis/serving.alise.dev/v1alpha1/namespaces/default/aliseservices/qwen"
+        # No kubelet runs the chart's pod here: the same command runs with the same account.
+        account = "api/v1/namespaces/helm-test/serviceaccounts/alise-alise-operator/token"
+        token = crd.create(account, {"kind": "TokenRequest"}).json()["status"]["token"]
+        kubeconfig = crd.server.kubeconfig("installed", token)
+        with running(OperatorProcess(kubeconfig, tmp_path, "--peering", "alise-operator")):
+            row = eventually(
+                lambda: (
+                    "PodsPending" in (shown := crd.kubectl("get", "alise").stdout)
+                    and shown.splitlines()[1].split()
+                )
+            )
+        assert row[:2] == ["qwen", "False"]
+        assert "http://qwen.default.svc:8000/v1" in row
         before = crd.get(path)
         newer = tmp_path / "newer"
         shutil.copytree(CHART, newer)

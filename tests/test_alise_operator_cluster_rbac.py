@@ -13,6 +13,7 @@ from operator_cluster import (
     Cluster,
     OperatorProcess,
     Service,
+    chart_account_token,
     eventually,
     render_chart,
     running,
@@ -134,3 +135,24 @@ def test_without_the_right_to_finalizers_children_are_refused(
     finally:
         crd.patch(path, {"rules": role["rules"]})
         crd.delete(f"{SERVICES}/namespaces/{NAMESPACE}/aliseservices/refused")
+
+
+def test_a_namespaced_operator_needs_no_rights_in_the_cluster(crd: Cluster, tmp_path: Path) -> None:
+    crd.namespace("scoped")
+    options = ("--set", "watchNamespaces={scoped}")
+    token = chart_account_token(crd, *options, release="scoped")
+    config = crd.server.kubeconfig("scoped", token)
+    arguments = ("--namespace", "scoped", "--peering", "alise-operator")
+    paths = {name: f"{SERVICES}/namespaces/{name}/aliseservices" for name in ("scoped", "default")}
+    with running(OperatorProcess(config, tmp_path, *arguments)) as operator:
+        for namespace, path in paths.items():
+            assert crd.create(path, service_body("one", namespace)).is_success
+        service = Service(crd, "scoped", "one")
+        service.settle()
+        assert service.condition("Degraded")["reason"] == "AsExpected"
+        crd.delete("apis/apps/v1/namespaces/scoped/deployments/one")
+        eventually(lambda: service.child("deployments") is not None)
+        assert "status" not in Service(crd, "default", "one").body  # not its namespace
+        assert "Traceback" not in operator.log
+    for path in paths.values():
+        crd.delete(f"{path}/one")
