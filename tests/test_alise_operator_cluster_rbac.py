@@ -95,6 +95,7 @@ def test_every_right_is_used_and_no_other_is_missed(
                 make(crd, "spread", {"engine": SPREAD}),
             ]
             everything, hpa, spread = services
+            everything.settle()
             # Ready at last, says its controller: an event is posted.
             where = f"apis/apps/v1/namespaces/{NAMESPACE}/deployments/everything/status"
             generation = everything.child("deployments")["metadata"]["generation"]

@@ -139,7 +139,12 @@ def test_status_follows_an_unschedulable_pod(serve: Any) -> None:
 
 def test_status_follows_a_missing_image(serve: Any) -> None:
     status = serve("no-image", engine={"image": "localhost/no-such-image:1"})
-    eventually(lambda: reason(status(), "Ready") == ("False", "ImagePullFailed"))
+    try:
+        eventually(lambda: reason(status(), "Ready") == ("False", "ImagePullFailed"))
+    except BaseException:
+        print(json.dumps(status(), indent=1))
+        print(kubectl("describe", "pods"))
+        raise
 
 
 def test_status_follows_a_scale_up_beyond_the_gpus(serve: Any) -> None:
