@@ -70,7 +70,7 @@ def eventually(check: Callable[[], Any], what: str = "", wait_s: float = WAIT_S)
     while True:
         try:
             value, error = check(), None
-        except (AssertionError, KeyError, IndexError, StopIteration, httpx.HTTPError) as caught:
+        except (LookupError, ValueError, AssertionError, StopIteration, httpx.HTTPError) as caught:
             value, error = None, caught
         if value:
             return value

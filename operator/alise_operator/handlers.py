@@ -25,7 +25,7 @@ def register(registry: kopf.OperatorRegistry, store: Store, queue: WorkQueue[Key
     """Register the watches of services, children and pods, and how kopf finds the cluster."""
 
     @kopf.on.login(registry=registry)
-    def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+    async def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
         # In the order in which lightkube looks.
         return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
 
@@ -53,14 +53,16 @@ def _watch(
 ) -> None:
     where = _selector(kind)
 
+    # Coroutines, though they wait for nothing: kopf runs plain functions in threads, and store and
+    # queue live on the event loop.
     # kopf calls index functions for all objects before it calls any handler. So when the first
     # reconcile runs after a start, everything is known: status does not flicker.
     @kopf.index(*where, registry=registry, id=f"store-{kind.plural}")
-    def remember(body: kopf.Body, **_: Any) -> None:
+    async def remember(body: kopf.Body, **_: Any) -> None:
         store.put(kind, body)
 
     @kopf.on.event(*where, registry=registry, id=f"queue-{kind.plural}")
-    def enqueue(type: str | None, body: kopf.Body, **_: Any) -> None:  # noqa: A002 # kopf's name
+    async def enqueue(type: str | None, body: kopf.Body, **_: Any) -> None:  # noqa: A002 # kopf's name
         if type == "DELETED":
             store.drop(object_name(kind, body), body["metadata"]["uid"])
         if key := owner_key(kind, body):
