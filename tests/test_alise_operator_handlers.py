@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-kopf = pytest.importorskip("kopf", reason="needs the extra 'operator'")
+pytest.importorskip("kopf", reason="needs the extra 'operator'")
 
+import kopf
 from alise_operator.handlers import configure, register
 from alise_operator.manifests.kinds import ALISE_SERVICE, KINDS, POD
 from alise_operator.store import Key, Store
