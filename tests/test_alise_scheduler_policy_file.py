@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from alise_scheduler.engine_state import EngineState, PolicySettings
 from alise_scheduler.events import Arrived, SnapshotEnd
+from alise_scheduler.listen import UnixAddress
 from alise_scheduler.metrics import Metrics
 from alise_scheduler.policy import Policy
 from alise_scheduler.policy_file import PolicyFile, PolicyFileError, parse_policy
-from scheduler_fakes import FakePredictor, prompt_input
+from alise_scheduler.server import running
+from scheduler_fakes import FakePredictor, arrived, engine, prompt_input, server_settings
 
 
 @pytest.mark.parametrize(
@@ -123,3 +127,23 @@ def test_backlog_counts_jobs_without_a_slot() -> None:
     state.table.jobs["job-1"].is_running = True
     metrics.show_engines([("e", state)], 1)
     assert metrics.registry.get_sample_value("alise_backlog_seconds") == 0
+
+
+def test_a_running_sidecar_follows_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    path.write_text('{"policy": "fcfs"}')
+    settings = server_settings(UnixAddress(tmp_path / "s.sock"))
+    settings = replace(settings, policy_file=path)
+
+    async def scenario() -> None:
+        async with running(settings, FakePredictor(), asyncio.Event()) as target:
+            async with engine(target) as stream:
+                assert stream.received[0].welcome.policy == "fcfs"
+                await stream.send(arrived("job", 1.0, tokens=5))
+                assert (await stream.estimates("job"))["job"].priority == 1.0
+                path.write_text('{"policy": "boost", "gamma": 0.05}')
+                assert (await stream.estimates("job"))["job"].priority < 1.0
+            async with engine(target, engine_id="engine-2") as stream:
+                assert stream.received[0].welcome.policy == "boost"
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
