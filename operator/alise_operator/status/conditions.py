@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from alise_operator.api.service import ALISEServiceSpec
@@ -121,9 +121,7 @@ def _predictor_ready(seen: Observation, failures: list[Failure]) -> Verdict:
 
 def _progressing(spec: ALISEServiceSpec, seen: Observation, failures: list[Failure]) -> Verdict:
     work = seen.workload
-    decide: Callable[[bool, str, str], Verdict] = lambda holds, reason, message: _verdict(  # noqa: E731
-        "Progressing", holds, reason, message
-    )
+    decide = partial(_verdict, "Progressing")
     if spec.paused:
         return decide(False, "Paused", "spec.paused is true: nothing is changed or repaired")
     if LWS in seen.missing or seen.refused:
@@ -135,7 +133,7 @@ def _progressing(spec: ALISEServiceSpec, seen: Observation, failures: list[Failu
         and work.ready >= spec.replicas
     )
     if is_done:
-        return decide(False, "Stable", "")
+        return decide(False, "Stable")
     if work.is_stuck or failures:
         return decide(False, "Stalled", "see the condition Degraded")
     text = f"{work.updated} of {spec.replicas} replicas have the present spec, {work.ready} serve"
