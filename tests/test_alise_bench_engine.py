@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 from alise_bench.client import Ask, run_load
 from alise_bench.dataset import Conversation, load_dataset, packaged_dataset, tokenize
 from alise_bench.replay_table import write_replay_table
-from alise_bench.server import free_port, preemptions, running_server
+from alise_bench.server import engine_counts, free_port, running_server
 from alise_bench.systems import (
     SERVED_NAME,
     ServerSettings,
@@ -66,7 +66,7 @@ def test_recorded_answers_come_back_token_for_token(tmp_path: Path) -> None:
     with running_server(line, environ, port, tmp_path / "server.log") as url:
         asks = [Ask(item, 0.0) for item in items]
         received = asyncio.run(run_load(url, SERVED_NAME, asks, MAX_TOKENS))
-        preempted = preemptions(url)
+        preempted = engine_counts(url).preemptions
     for item, answer in zip(items, received, strict=True):
         assert answer.row.error is None
         assert answer.token_ids == item.answer_ids

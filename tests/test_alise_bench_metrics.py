@@ -6,6 +6,7 @@ import math
 
 import pytest
 from alise_bench.metrics import (
+    EngineCounts,
     RequestRow,
     jct_s,
     longest_gap_s,
@@ -66,8 +67,9 @@ def test_longest_decile_is_by_output_tokens() -> None:
 
 def test_run_counts_failures_and_leaves_them_out() -> None:
     rows = [row(), row(tokens=(), error="HTTP 500"), row(arrival=12.0, tokens=(13.0, 20.0))]
-    metrics = run_metrics(rows, preemptions=4, unloaded_s_per_token=0.1)
+    metrics = run_metrics(rows, EngineCounts(4, 200, 50), unloaded_s_per_token=0.1)
     assert (metrics.requests, metrics.failures, metrics.preemptions) == (3, 1, 4)
+    assert metrics.recomputed_share == 0.25
     assert metrics.duration_s == 10.0
     assert metrics.tokens_per_s == pytest.approx(6 / 10)
     assert metrics.max_wait_s == 1.0
@@ -75,7 +77,7 @@ def test_run_counts_failures_and_leaves_them_out() -> None:
 
 
 def test_a_run_of_failures_only_has_no_latency() -> None:
-    metrics = run_metrics([row(tokens=(), error="refused")], 0, 0.1)
+    metrics = run_metrics([row(tokens=(), error="refused")], EngineCounts(0), 0.1)
     assert metrics.failures == 1
     assert math.isnan(metrics.jct_s.mean)
     assert math.isnan(metrics.tokens_per_s)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from alise_bench.errors import BenchError
-from alise_bench.metrics import RequestRow
+from alise_bench.metrics import EngineCounts, RequestRow
 from alise_bench.report import terminal_tables, write_report
 from alise_bench.store import (
     Run,
@@ -37,7 +37,7 @@ def canned(system: System, rate: float, repeat: int, s_per_token: float) -> Run:
         )
         for n in range(6)
     ]
-    return Run(RunId(system, rate, repeat), tuple(rows), preemptions=3, command=("serve",))
+    return Run(RunId(system, rate, repeat), tuple(rows), counts=EngineCounts(3), command=("serve",))
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_failures_and_no_baseline_are_shown_not_hidden(tmp_path: Path) -> None:
     open_plan(tmp_path, SETTINGS)
     run = canned(System.ALISE, 1.0, 0, 0.2)
     failed = RequestRow("f", 0.0, 0.0, (), 0.5, 9, "HTTP 500")
-    save_run(tmp_path, Run(run.id, (*run.rows, failed), 0, run.command))
+    save_run(tmp_path, Run(run.id, (*run.rows, failed), EngineCounts(0), run.command))
     report = write_report(tmp_path)
     alise = report["loads"][0]["systems"]["alise"]
     assert alise["median"]["failures"] == 1
@@ -106,7 +106,7 @@ def test_failures_and_no_baseline_are_shown_not_hidden(tmp_path: Path) -> None:
 def test_nothing_but_failures_is_an_error(tmp_path: Path) -> None:
     open_plan(tmp_path, SETTINGS)
     failed = RequestRow("f", 0.0, 0.0, (), 0.5, 9, "refused")
-    save_run(tmp_path, Run(RunId(System.FCFS, 1.0, 0), (failed,), 0, ()))
+    save_run(tmp_path, Run(RunId(System.FCFS, 1.0, 0), (failed,), EngineCounts(0), ()))
     with pytest.raises(BenchError, match="every request of every run failed"):
         write_report(tmp_path)
 
@@ -136,7 +136,7 @@ def test_a_damaged_run_is_named(tmp_path: Path, content: str) -> None:
 
 def test_runs_are_interleaved_and_each_is_there_once() -> None:
     runs = schedule_of_runs(tuple(System), (1.0, 2.0), 3)
-    assert len(set(runs)) == len(runs) == 24
+    assert len(set(runs)) == len(runs) == 30
     firsts = [runs[i].system for i in range(0, 24, 8)]
     assert len(set(firsts)) == 3  # not the same system first in each repeat
     assert [run.repeat for run in runs] == sorted(run.repeat for run in runs)

@@ -42,6 +42,8 @@ def test_each_system_gets_what_is_its_own() -> None:
     assert "--scheduling-policy priority" in line(System.PRIORITY_ORACLE)
     assert "--scheduling-policy" not in line(System.FCFS)
     assert "--alise-oracle-file /true.json" in line(System.ALISE_ORACLE)
+    assert "--alise-kv-host-gib 0" in line(System.ALISE_RECOMPUTE)
+    assert "--alise-kv-host-gib" not in line(System.ALISE)
     for system in System:
         assert ("--alise-state-dir" in line(system)) == (not system.is_stock)
         # Nobody who predicts is shown true lengths or answers.

@@ -35,7 +35,7 @@ def running(priority: float = 10.0, **changes: object) -> RunningJob:
         (0, priority, 0),
         is_ranked=True,
         remaining_s=20.0,
-        recompute_s=0.5,
+        preemption_s=0.5,
         blocks=8,
         is_preemptible=True,
     )
@@ -51,7 +51,7 @@ def running(priority: float = 10.0, **changes: object) -> RunningJob:
         pytest.param(waiting(), running(is_preemptible=False), False, id="blocks in flight"),
         pytest.param(waiting(8.0), running(10.0), False, id="within the margin"),
         pytest.param(waiting(6.9), running(10.0), True, id="just beyond margin and cost"),
-        pytest.param(waiting(), running(recompute_s=4.9), False, id="costs more than it brings"),
+        pytest.param(waiting(), running(preemption_s=4.9), False, id="costs more than it brings"),
         pytest.param(waiting(), running(remaining_s=0.9), False, id="nearly done"),
         pytest.param(
             waiting(remaining_s=19.5), running(remaining_s=20.0), False, id="as long as the victim"
@@ -125,7 +125,7 @@ running_jobs = st.builds(
     key=keys,
     is_ranked=st.booleans(),
     remaining_s=st.none() | seconds,
-    recompute_s=st.floats(0.0, 10.0),
+    preemption_s=st.floats(0.0, 10.0),
     blocks=st.integers(0, 50),
     is_preemptible=st.booleans(),
 )

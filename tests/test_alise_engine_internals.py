@@ -5,9 +5,16 @@ from __future__ import annotations
 import importlib
 import inspect
 from importlib.metadata import PackageNotFoundError, version
+from typing import get_args, get_type_hints
 
 import pytest
 from alise_bench.scheduler_setup import build_scheduler
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+    OffloadingConnectorScheduler,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import RequestQueue
@@ -45,6 +52,22 @@ def test_vllm_is_the_pinned_version() -> None:
         ),
         (Scheduler._request_blocks_can_be_freed, ["self", "request"]),
         (Scheduler.shutdown, ["self"]),
+        (Scheduler._get_local_prefix_cache_hit, ["self", "request"]),
+        (Scheduler._inflight_prefill_reserved_blocks, ["self"]),
+        (Scheduler._set_kv_fetch_stage, ["self", "request", "stage"]),
+        (Scheduler._enqueue_waiting_request, ["self", "request"]),
+        (OffloadingConnectorScheduler._build_store_jobs, ["self", "scheduler_output"]),
+        (OffloadingConnectorScheduler.build_connector_meta, ["self", "scheduler_output"]),
+        (OffloadingConnectorScheduler.update_connector_output, ["self", "connector_output"]),
+        (
+            OffloadingConnectorScheduler.get_num_new_matched_tokens,
+            ["self", "request", "num_computed_tokens", "max_num_new_tokens"],
+        ),
+        (
+            OffloadingConnectorScheduler.update_state_after_alloc,
+            ["self", "request", "blocks", "num_external_tokens"],
+        ),
+        (OffloadingConnectorScheduler.reset_cache, ["self"]),
     ],
     ids=lambda value: value.__qualname__ if callable(value) else "",
 )
@@ -69,6 +92,10 @@ def test_signature(function: object, parameters: list[str]) -> None:
         "block_size",
         "scheduler_config",
         "_pause_state",
+        "connector",
+        "finished_recving_kv_req_ids",
+        "scheduler_reserve_full_isl",
+        "_inflight_prefills",
     ],
 )
 def test_scheduler_attribute(name: str, tmp_path: object) -> None:
@@ -90,6 +117,7 @@ def test_scheduler_attribute(name: str, tmp_path: object) -> None:
         "num_computed_tokens",
         "num_preemptions",
         "max_tokens",
+        "block_hashes",
     ],
 )
 def test_request_attribute(name: str) -> None:
@@ -116,6 +144,26 @@ def test_block_pool(tmp_path: object) -> None:
     assert isinstance(manager, KVCacheManager)
     assert manager.watermark_blocks >= 0
     assert 0 < manager.block_pool.get_num_free_blocks() <= manager.block_pool.num_gpu_blocks
+
+
+def test_a_store_job_covers_the_blocks_that_a_step_completes() -> None:
+    # The tier says so by a step of its own making, up to the block that it wants.
+    source = inspect.getsource(OffloadingConnectorScheduler._build_store_jobs)
+    assert "scheduler_output.num_scheduled_tokens" in source
+    assert "num_tokens_after_batch = req.num_computed_tokens + num_scheduled_tokens" in source
+    assert "start_chunk_idx = group_state.next_stored_chunk_idx" in source
+
+
+def test_copies_of_preempted_jobs_are_made_before_their_blocks_are_written() -> None:
+    source = inspect.getsource(OffloadingConnectorScheduler.build_connector_meta)
+    assert "self._current_batch_jobs_to_flush.update(req_status.transfer_jobs)" in source
+    runner = inspect.getsource(OffloadingConnectorWorker.handle_preemptions)
+    assert "self.worker.wait(kv_connector_metadata.jobs_to_flush)" in runner
+
+
+def test_damaged_blocks_are_computed_again() -> None:
+    assert "recompute" in get_args(get_type_hints(KVTransferConfig)["kv_load_failure_policy"])
+    assert hasattr(OffloadingConnector, "get_block_ids_with_load_errors")
 
 
 def test_fcfs_takes_blocks_from_the_last_running_request() -> None:

@@ -9,57 +9,16 @@ from typing import Any
 import pytest
 from alise_bench.scheduler_setup import build_scheduler
 from alise_engine import scheduler as plugin
-from alise_engine.client import Costs, Estimate
-from alise_engine.events import Arrived, EngineEvent, Finished, Snapshot
+from alise_engine.client import Estimate
+from alise_engine.events import Arrived, Finished, Snapshot
 from alise_engine.scheduler import AliseScheduler
 from alise_scheduler.events import Preempted
 from alise_scheduler.v1 import scheduler_pb2 as pb
+from fakes import FakeClient
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.request import Request, RequestStatus
 from vllm_factories import Driver, create_request
-
-
-class FakeClient:
-    """Stands in for the stream: events gather in a list, estimates are put in by the test."""
-
-    def __init__(self, *_: Any) -> None:
-        self.events: list[EngineEvent] = []
-        self.estimates: list[Estimate] = []
-        self.costs = Costs(prefill_s_per_token=0.001, decode_s_per_token=0.05)
-        self.is_down = False
-        self.is_new = True
-        self.starts_over = 0
-
-    def start(self) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
-
-    def down_for_s(self, now_s: float) -> float:
-        return 1e9 if self.is_down else 0.0
-
-    def start_over(self) -> None:
-        self.starts_over += 1
-
-    def wants_snapshot(self) -> bool:
-        return self.is_new
-
-    def send_snapshot(self, snapshot: Snapshot) -> None:
-        self.is_new = False
-        self.events.append(snapshot)
-
-    def send(self, event: EngineEvent) -> None:
-        if not self.is_new:
-            self.events.append(event)
-
-    def receive(self, limit: int) -> list[Estimate]:
-        taken, self.estimates = self.estimates[:limit], self.estimates[limit:]
-        return taken
-
-    def of_type(self, kind: type[Any]) -> list[Any]:
-        return [event for event in self.events if isinstance(event, kind)]
 
 
 @pytest.fixture

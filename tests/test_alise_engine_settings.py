@@ -29,7 +29,7 @@ def test_values() -> None:
     assert settings.address == "unix:///run/s.sock"
     assert settings.shared_dir == Path("/run")
     assert not settings.preempts
-    assert settings.dispatch.margin_s == 1.5
+    assert settings.margin_s == 1.5
     assert settings.tls is not None
     assert settings.tls.ca == Path("/ca.pem")
 

@@ -20,11 +20,12 @@ _numbers = itertools.count()
 def create_request(
     *, prompt_tokens: int = 10, max_tokens: int = 500, priority: int = 0, **changes: Any
 ) -> Request:
-    """Return a request with a prompt of its own."""
+    """Return a request with a prompt of its own, unless `prompt_token_ids` says which."""
     number = next(_numbers)
+    own_prompt = [3 + (number + i) % 900 for i in range(prompt_tokens)]
     return Request(
         request_id=changes.pop("request_id", f"job-{number}"),
-        prompt_token_ids=[3 + (number + i) % 900 for i in range(prompt_tokens)],
+        prompt_token_ids=changes.pop("prompt_token_ids", own_prompt),
         sampling_params=SamplingParams(
             max_tokens=max_tokens, stop_token_ids=[EOS_TOKEN_ID], **changes
         ),

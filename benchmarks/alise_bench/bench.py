@@ -31,10 +31,10 @@ from alise_bench.predictor_state import fresh_state
 from alise_bench.progress import Progress
 from alise_bench.replay_table import write_replay_table
 from alise_bench.server import (
+    engine_counts,
     free_port,
     has_trained_model,
     is_sidecar_connected,
-    preemptions,
     running_server,
     wait_for_sidecar,
 )
@@ -157,7 +157,7 @@ def _run(session: Session, run: RunId, shared_dir: Path) -> Run:
         with running_server(line, environment(session.servers, os.environ), port, log) as url:
             if not run.system.is_stock:
                 wait_for_sidecar(url)
-            if run.system is System.ALISE and not has_trained_model(metrics_port):
+            if run.system.is_predicting and not has_trained_model(metrics_port):
                 raise BenchError(
                     f"{run.name}: the sidecar did not load the trained model; if ALISE has changed "
                     f"since it was trained, remove {session.out}/trained and run again ({log})"
@@ -165,17 +165,17 @@ def _run(session: Session, run: RunId, shared_dir: Path) -> Run:
             asks = [_ask(run.system, item, 0.0) for item in _warmup(split.train, settings.warmup)]
             if asks:
                 send(url, settings, asks, session.progress)
-            before = preemptions(url)
+            before = engine_counts(url)
             asks = [_ask(run.system, item, t) for item, t in zip(split.test, arrivals, strict=True)]
             answers = send(url, settings, asks, session.progress)
-            preempted = preemptions(url) - before
+            counts = engine_counts(url) - before
             if not run.system.is_stock and not is_sidecar_connected(url):
                 raise BenchError(f"{run.name}: the sidecar was lost in the run; see {log}")
     finally:
         if state_dir is not None:
             shutil.rmtree(state_dir, ignore_errors=True)
     rows = _judged(answers, split.test, settings.mode)
-    return Run(run, rows, preempted, tuple(line))
+    return Run(run, rows, counts, tuple(line))
 
 
 def _ask(system: System, item: Item, arrival_s: float) -> Ask:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from alise_bench.overhead import Overhead
 
 _ALL_SYSTEMS: Final = ",".join(system.value for system in System)
+_DEFAULT_SYSTEMS: Final = "fcfs,priority-oracle,alise,alise-oracle"
 
 
 class _RunByDefault(TyperGroup):
@@ -83,7 +84,9 @@ def run(
         Path | None,
         typer.Option(help="JSONL of prompts (docs/benchmark.md); default: the packaged prompts."),
     ] = None,
-    systems: Annotated[str, typer.Option(help="Comma-separated.")] = _ALL_SYSTEMS,
+    systems: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {_ALL_SYSTEMS}.")
+    ] = _DEFAULT_SYSTEMS,
     requests: Annotated[int, typer.Option(min=2, help="Requests of a run.")] = 48,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats, each with other prompts.")] = 1,
     rates: Annotated[
@@ -193,6 +196,83 @@ def scheduler(
     except BenchError as error:
         _fail(error)
     console.print(_overhead_table(rows))
+    if out is not None:
+        out.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+
+
+@app.command("kv-copies")
+def kv_copies(
+    layers: Annotated[int, typer.Option(min=1)] = 30,
+    kv_heads: Annotated[int, typer.Option(min=1)] = 3,
+    head_size: Annotated[int, typer.Option(min=1)] = 64,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, too.")] = None,
+) -> None:
+    """Time the KV tier's copies against plain ones (default: SmolLM2-135M's KV cache)."""
+    from alise_engine.kv_tier.layout import Quantization
+
+    from alise_bench.kv_copies import KvShape, measure_copies
+
+    shape = KvShape(layers, kv_heads, head_size)
+    rows = [measure_copies(shape, quantization) for quantization in Quantization]
+    table = Table(title="512 tokens of bfloat16 KV, one thread, ms (x plain)", title_justify="left")
+    for name in ("kept as", "bytes/token", "of bfloat16", "plain copy", "store", "load"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.quantization.value,
+            f"{row.bytes_per_token:,.0f}",
+            f"{row.bytes_per_token / row.bfloat16_bytes_per_token:.3f}x",
+            f"{1000 * row.plain_copy_s:.2f}",
+            f"{1000 * row.store_s:.2f} ({row.store_s / row.plain_copy_s:.2f}x)",
+            f"{1000 * row.load_s:.2f} ({row.load_s / row.plain_copy_s:.2f}x)",
+        )
+    console.print(table)
+    if out is not None:
+        out.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+
+
+@app.command("kv-quality")
+def kv_quality(
+    dataset: Annotated[Path, typer.Option(help="JSONL of prompts with answers.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder; default: the embedded small model.")
+    ] = None,
+    answers: Annotated[int, typer.Option(min=1, help="How many recorded answers.")] = 100,
+    max_model_len: Annotated[int, typer.Option(min=16, help="Longest context, tokens.")] = 2048,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, too.")] = None,
+) -> None:
+    """Measure what keeping KV in INT8 does to perplexity and next tokens, teacher-forced."""
+    try:
+        from transformers import AutoTokenizer
+
+        from alise_bench.dataset import load_dataset, tokenize
+        from alise_bench.kv_quality import measure_quality
+
+        folder = _model(model)
+        items = tokenize(
+            load_dataset(dataset, need_response=True),
+            AutoTokenizer.from_pretrained(folder),
+            max_model_len=max_model_len,
+            max_tokens=max_model_len // 2,
+            with_answers=True,
+        ).items[:answers]
+        table = Table(title=f"{len(items)} answers of {dataset.name}", title_justify="left")
+        for name in ("KV kept as", "of bfloat16", "perplexity", "change", "top-1 agrees"):
+            table.add_column(name, justify="right")
+        rows = []
+        for row in measure_quality(folder, items):
+            rows.append(row)
+            console.print(f"{row.name}: done", style="dim")
+            table.add_row(
+                row.name,
+                f"{row.bytes_against_bfloat16:.3f}x",
+                f"{row.perplexity:.4f}",
+                f"{100 * row.perplexity_change:+.3f}%",
+                f"{100 * row.top1_agreement:.2f}%",
+            )
+    except BenchError as error:
+        _fail(error)
+    console.print(table)
     if out is not None:
         out.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
 

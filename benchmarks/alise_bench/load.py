@@ -10,7 +10,7 @@ from alise_bench.arrivals import load_trace, poisson_arrivals, trace_window
 from alise_bench.client import Answer, Ask
 from alise_bench.dataset import Item
 from alise_bench.load_search import find_rate
-from alise_bench.metrics import run_metrics
+from alise_bench.metrics import EngineCounts, run_metrics
 from alise_bench.server import free_port, running_server
 from alise_bench.session import Session, at_once, send
 from alise_bench.settings import BenchSettings
@@ -85,7 +85,7 @@ def capacity_per_s(answers: Sequence[Answer], slots: int) -> float:
 
 def _mean_normalized_latency_s(answers: Sequence[Answer]) -> float:
     rows = [answer.row for answer in answers]
-    return run_metrics(rows, 0, unloaded_s_per_token=1.0).normalized_latency_s.mean
+    return run_metrics(rows, EngineCounts(0), unloaded_s_per_token=1.0).normalized_latency_s.mean
 
 
 def arrivals_of(settings: BenchSettings, rate_per_s: float, repeat: int) -> tuple[float, ...]:

@@ -62,6 +62,24 @@ def longest_gap_s(row: RequestRow) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineCounts:
+    """What an engine counted in a run."""
+
+    preemptions: int
+    preempted_tokens: int = 0
+    """Tokens whose KV preemptions took from the device; ALISE systems only."""
+    recomputed_tokens: int = 0
+    """Of these, computed again."""
+
+    def __sub__(self, before: EngineCounts) -> EngineCounts:
+        return EngineCounts(
+            self.preemptions - before.preemptions,
+            self.preempted_tokens - before.preempted_tokens,
+            self.recomputed_tokens - before.recomputed_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Spread:
     """Mean and percentiles of one quantity over requests, seconds; NaN without requests."""
 
@@ -99,6 +117,8 @@ class RunMetrics:
     slowdown_longest_decile: float
     """Mean JCT of the tenth of requests with the longest answers, over their unloaded JCT."""
     preemptions: int
+    recomputed_share: float
+    """Of the tokens that preemptions took from the device; NaN without any, or with stock."""
     client_lag_p99_s: float
     """How late the client sent requests: above a few ms the load was not as stated."""
 
@@ -115,7 +135,7 @@ def slowdown_longest_decile(rows: Sequence[RequestRow], unloaded_s_per_token: fl
 
 
 def run_metrics(
-    rows: Sequence[RequestRow], preemptions: int, unloaded_s_per_token: float
+    rows: Sequence[RequestRow], counts: EngineCounts, unloaded_s_per_token: float
 ) -> RunMetrics:
     """Return the metrics of a run; failed requests are counted and enter nothing else."""
     good = [row for row in rows if row.error is None]
@@ -136,6 +156,11 @@ def run_metrics(
         longest_gap_s=spread([longest_gap_s(row) for row in good]),
         max_wait_s=max((ttft_s(row) for row in good), default=math.nan),
         slowdown_longest_decile=slowdown_longest_decile(good, unloaded_s_per_token),
-        preemptions=preemptions,
+        preemptions=counts.preemptions,
+        recomputed_share=(
+            counts.recomputed_tokens / counts.preempted_tokens
+            if counts.preempted_tokens
+            else math.nan
+        ),
         client_lag_p99_s=spread([row.sent_s - row.arrival_s for row in good]).p99,
     )

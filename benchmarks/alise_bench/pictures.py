@@ -22,6 +22,7 @@ _STYLE: Final = {
     System.FCFS: ("#000000", "-", "o"),
     System.PRIORITY_ORACLE: ("#E69F00", "--", "s"),
     System.ALISE: ("#0072B2", "-", "^"),
+    System.ALISE_RECOMPUTE: ("#56B4E9", ":", "v"),
     System.ALISE_ORACLE: ("#009E73", "-.", "D"),
 }
 _WAITING: Final = "#E69F00"

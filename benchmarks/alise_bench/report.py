@@ -40,6 +40,7 @@ _COLUMNS: Final = (
     ("slowdown_longest_decile", "slowdown, longest 10%", "x", 2),
     ("tokens_per_s", "throughput", "tokens/s", 1),
     ("preemptions", "preemptions", "", 0),
+    ("recomputed_share", "recomputed of preempted", "share", 2),
     ("failures", "failures", "", 0),
 )
 
@@ -64,7 +65,7 @@ def build_report(plan: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
             "rate_per_s": run.id.rate_per_s,
             "repeat": run.id.repeat,
             "command": list(run.command),
-            "metrics": flatten(asdict(run_metrics(run.rows, run.preemptions, unloaded))),
+            "metrics": flatten(asdict(run_metrics(run.rows, run.counts, unloaded))),
         }
         for run in runs
     ]

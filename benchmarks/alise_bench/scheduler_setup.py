@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    KVTransferConfig,
+    ModelConfig,
+    SchedulerConfig,
+    VllmConfig,
+)
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -51,10 +58,14 @@ def build_scheduler(
     blocks: int | None = None,
     max_num_batched_tokens: int = 8192,
     async_scheduling: bool = False,
+    kv_transfer: KVTransferConfig | None = None,
+    layers: int = 1,
+    head_size: int = 1,
 ) -> Any:
     """Return a scheduler of a tiny Llama that is never loaded; `folder` gets its configuration.
 
-    KV blocks never run out unless `blocks` says how many there are.
+    KV blocks never run out unless `blocks` says how many there are; `kv_transfer` puts a KV
+    connector behind it, for a KV cache of `layers` layers with one head of `head_size`.
     """
     (folder / "config.json").write_text(json.dumps(_TINY_LLAMA), encoding="utf-8")
     blocks = blocks or slots * _MAX_MODEL_LEN // BLOCK_SIZE + 1
@@ -75,12 +86,13 @@ def build_scheduler(
         ),
         cache_config=CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=True),
         device_config=DeviceConfig("cpu"),
+        kv_transfer_config=kv_transfer,
     )
     # The platform of the CPU build turns it off; schedulers must be right in both modes.
     config.scheduler_config.async_scheduling = async_scheduling
     config.cache_config.num_gpu_blocks = blocks
     spec = FullAttentionSpec(
-        block_size=BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32
+        block_size=BLOCK_SIZE, num_kv_heads=1, head_size=head_size, dtype=torch.float32
     )
     init_none_hash(sha256)
     return scheduler_class(
@@ -88,7 +100,7 @@ def build_scheduler(
         kv_cache_config=KVCacheConfig(
             num_blocks=blocks,
             kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+            kv_cache_groups=[KVCacheGroupSpec([f"layer {i}" for i in range(layers)], spec)],
         ),
         structured_output_manager=StructuredOutputManager(config),
         block_size=BLOCK_SIZE,

@@ -16,6 +16,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from alise_bench.errors import BenchError
+from alise_bench.metrics import EngineCounts
 
 START_TIMEOUT_S: Final = 600.0
 SIDECAR_TIMEOUT_S: Final = 300.0
@@ -84,9 +85,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def preemptions(base_url: str) -> int:
-    """Return how often the server has preempted a request since it started."""
-    return int(_sample(base_url, "vllm:num_preemptions_total"))
+def engine_counts(base_url: str) -> EngineCounts:
+    """Return what the server has counted since it started."""
+    return EngineCounts(
+        preemptions=int(_sample(base_url, "vllm:num_preemptions_total")),
+        preempted_tokens=int(_sample(base_url, "alise_engine_preempted_tokens_total")),
+        recomputed_tokens=int(_sample(base_url, "alise_engine_recomputed_tokens_total")),
+    )
 
 
 def wait_for_sidecar(base_url: str) -> None:

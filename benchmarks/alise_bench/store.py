@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alise_bench.errors import BenchError
-from alise_bench.metrics import RequestRow
+from alise_bench.metrics import EngineCounts, RequestRow
 from alise_bench.systems import System
 
 
@@ -36,7 +36,7 @@ class Run:
 
     id: RunId
     rows: tuple[RequestRow, ...]
-    preemptions: int
+    counts: EngineCounts
     command: tuple[str, ...]
 
 
@@ -64,7 +64,7 @@ def save_run(folder: Path, run: Run) -> None:
         "system": run.id.system.value,
         "rate_per_s": run.id.rate_per_s,
         "repeat": run.id.repeat,
-        "preemptions": run.preemptions,
+        "counts": asdict(run.counts),
         "command": run.command,
         "rows": rows,
     }
@@ -86,7 +86,7 @@ def _load_run(file: Path) -> Run:
             RequestRow(**{**row, "token_s": tuple(row["token_s"])}) for row in value["rows"]
         )
         run = RunId(System(value["system"]), float(value["rate_per_s"]), int(value["repeat"]))
-        return Run(run, rows, int(value["preemptions"]), tuple(value["command"]))
+        return Run(run, rows, EngineCounts(**value["counts"]), tuple(value["command"]))
     except (ValueError, KeyError, TypeError) as error:
         raise BenchError(f"{file} is not a run's file: {error!r}") from error
 

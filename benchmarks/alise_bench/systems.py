@@ -24,6 +24,8 @@ class System(str, Enum):
     """Stock vLLM's priority scheduling, told the true output lengths by the client."""
     ALISE = "alise"
     """`alise serve` with predictions."""
+    ALISE_RECOMPUTE = "alise-recompute"
+    """The same without the KV tier: preempted jobs are computed again."""
     ALISE_ORACLE = "alise-oracle"
     """`alise serve` with the true lengths instead of predictions."""
 
@@ -31,6 +33,11 @@ class System(str, Enum):
     def is_stock(self) -> bool:
         """Return whether this is vLLM without ALISE."""
         return self in (System.FCFS, System.PRIORITY_ORACLE)
+
+    @property
+    def is_predicting(self) -> bool:
+        """Return whether its sidecar predicts."""
+        return self in (System.ALISE, System.ALISE_RECOMPUTE)
 
 
 SERVED_NAME = "bench"
@@ -87,6 +94,8 @@ def command(
         assert shared_dir is not None, "and one that it shares with its sidecar"
         line += ["--alise-state-dir", str(state_dir), "--alise-shared-dir", str(shared_dir)]
         line += ["--alise-metrics-port", str(metrics_port), *alise_options]
+    if system is System.ALISE_RECOMPUTE:
+        line += ["--alise-kv-host-gib", "0"]
     if system is System.ALISE_ORACLE:
         assert oracle_file is not None, "alise-oracle has a file of true lengths"
         line += ["--alise-oracle-file", str(oracle_file)]

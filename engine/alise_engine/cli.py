@@ -19,7 +19,14 @@ from alise_engine.default_model import (
     ensure_default_model,
     has_fast_bfloat16,
 )
-from alise_engine.launcher import SCHEDULER_CLASS, Launcher, ServePlan, vllm_command
+from alise_engine.kv_tier.layout import Quantization
+from alise_engine.launcher import (
+    SCHEDULER_CLASS,
+    Launcher,
+    ServePlan,
+    kv_transfer_config,
+    vllm_command,
+)
 from alise_engine.settings import EngineSettings, SettingsError
 from alise_engine.vllm_arguments import ServerAddress, has_option, option_value
 
@@ -32,6 +39,7 @@ _DEFAULT_MODEL_OPTIONS = {
 }
 _RESERVED = ("--scheduler-cls",)
 
+logger = logging.getLogger("alise.serve")
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
@@ -114,9 +122,27 @@ def serve(
             envvar="ALISE_PREEMPTION_MARGIN_S",
             min=0.0,
             help="A job is preempted only if that saves a better one this many seconds of waiting, "
-            "beyond what it costs (default: 4).",
+            "beyond what it costs (default: 1, without the KV tier 4).",
         ),
     ] = None,
+    kv_host_gib: Annotated[
+        float,
+        typer.Option(
+            "--alise-kv-host-gib",
+            envvar="ALISE_KV_HOST_GIB",
+            min=0.0,
+            help="Host memory, at most, for the KV cache of preempted jobs; with 0 it is "
+            "computed again.",
+        ),
+    ] = 4.0,
+    kv_quantization: Annotated[
+        Quantization,
+        typer.Option(
+            "--alise-kv-quantization",
+            envvar="ALISE_KV_QUANTIZATION",
+            help="How it is kept there: int8 takes half the bytes of bfloat16, none is exact.",
+        ),
+    ] = Quantization.INT8,
     drain_s: Annotated[
         int,
         typer.Option(
@@ -150,6 +176,7 @@ def serve(
     if not has_option(vllm_arguments, "--scheduling-policy"):
         # A request's own `priority` then means a class above our order; all 0 without one.
         vllm_arguments += ["--scheduling-policy", "priority"]
+    vllm_arguments += _kv_tier_arguments(vllm_arguments, kv_host_gib, kv_quantization)
     with tempfile.TemporaryDirectory(prefix="alise-") as temporary:
         run_dir = shared_dir or Path(temporary)
         socket = None if scheduler else run_dir / "scheduler.sock"
@@ -207,6 +234,18 @@ def _with_model(arguments: list[str]) -> tuple[list[str], str]:
     if named is None:
         arguments += ["--served-model-name", DEFAULT_MODEL_NAME]
     return [str(folder), *arguments], named or DEFAULT_MODEL_NAME
+
+
+def _kv_tier_arguments(
+    arguments: Sequence[str], host_gib: float, quantization: Quantization
+) -> list[str]:
+    """Return vLLM's arguments that put the KV tier behind the engine."""
+    if host_gib == 0:
+        return []
+    if has_option(arguments, "--kv-transfer-config", "--kv-offloading-size"):
+        logger.warning("The KV tier is off: vLLM's own KV transfer is configured")
+        return []
+    return ["--kv-transfer-config", kv_transfer_config(int(host_gib * 2**30), quantization)]
 
 
 def _sidecar_command(

@@ -12,7 +12,7 @@ Invariants (tests/test_alise_engine_dispatch.py):
   candidate and the cost of preempting together: two jobs cannot evict each other in turn unless
   an estimate changes in between;
 - a preemption saves its candidate more waiting than it costs: with many slots one is soon free
-  anyway, and running a victim's prompt and answer again slows the whole batch;
+  anyway, and what a preemption costs (copies, or running prompt and answer again) slows the batch;
 - nobody is preempted while there is room, nor when the candidate would still not fit.
 """
 
@@ -48,8 +48,8 @@ class RunningJob:
     key: OrderKey
     is_ranked: bool
     remaining_s: float | None
-    recompute_s: float
-    """What running its prompt and answer again would cost."""
+    preemption_s: float
+    """What preempting it would cost: swapping its KV out and in, or computing it again."""
     blocks: int
     is_preemptible: bool
 
@@ -68,15 +68,21 @@ class Room:
         return self.frees_s[place] if place < len(self.frees_s) else math.inf
 
 
+SWAP_MARGIN_S = 1.0
+"""Margin where KV is swapped: enough to keep noise in the estimates from moving jobs about."""
+RECOMPUTE_MARGIN_S = 4.0
+"""Margin where it is computed again: that delays all the batch, beyond what it costs itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class DispatchParameters:
     """When a preemption is worth it (chosen by simulation: docs/policy.md)."""
 
-    margin_s: float = 4.0
+    margin_s: float = RECOMPUTE_MARGIN_S
     """By this must a candidate be better placed, and so much waiting must it be saved, beyond
     the cost."""
     cost_weight: float = 2.0
-    """Seconds of margin for each second that preempting costs: recomputing slows all the batch."""
+    """Seconds of margin for each second that preempting costs: it slows all the batch."""
     protected_s: float = 1.0
     """A job with less work left than this is nearly done and keeps its slot."""
     max_preemptions_per_step: int = 4
@@ -97,7 +103,7 @@ def is_worth_preempting(
         return False
     if not is_far_behind(victim.key, candidate.key, parameters):
         return False
-    cost_s = parameters.cost_weight * victim.recompute_s
+    cost_s = parameters.cost_weight * victim.preemption_s
     if wait_s <= parameters.margin_s + cost_s:
         return False
     if candidate.key[0] != victim.key[0]:

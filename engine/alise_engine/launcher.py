@@ -6,6 +6,7 @@ all ends with its exit status; SIGTERM drains.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from alise_engine.kv_tier.layout import Quantization
 from alise_engine.processes import spawn, stop
 from alise_engine.progress import StartDisplay
 from alise_engine.vllm_arguments import ServerAddress
@@ -156,6 +158,22 @@ class Launcher:
         if sidecar is not None:
             stop(sidecar.process, _SIDECAR_STOP_S)
         return status
+
+
+def kv_transfer_config(host_bytes: int, quantization: Quantization) -> str:
+    """Return the value of vLLM's `--kv-transfer-config` that puts the KV tier behind an engine."""
+    return json.dumps(
+        {
+            "kv_connector": "AliseOffloadingConnector",
+            "kv_connector_module_path": "alise_engine.kv_tier.connector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {
+                "host_bytes": host_bytes,
+                "quantization": quantization.value,
+            },
+        }
+    )
 
 
 def vllm_command(arguments: Sequence[str]) -> list[str]:

@@ -28,9 +28,14 @@ PREEMPTIONS = Counter(
     "alise_engine_preemptions",
     "Running jobs that dispatch preempted for a better waiting one.",
 )
+PREEMPTED_TOKENS = Counter(
+    "alise_engine_preempted_tokens",
+    "Tokens whose KV left the device by preemptions, dispatch's and vLLM's own.",
+)
 RECOMPUTED_TOKENS = Counter(
     "alise_engine_recomputed_tokens",
-    "Tokens whose KV cache was dropped by dispatch's preemptions.",
+    "Of the preempted tokens, those that were computed again; the others came back from the "
+    "device's prefix cache or the KV tier.",
 )
 ESTIMATES_REFUSED = Counter(
     "alise_engine_estimates_refused",

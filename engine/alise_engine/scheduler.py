@@ -24,8 +24,11 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from alise_engine import metrics
-from alise_engine.client import Costs, Estimate, SidecarClient
+from alise_engine.client import DEFAULT_COSTS, Costs, Estimate, SidecarClient
 from alise_engine.dispatch import (
+    RECOMPUTE_MARGIN_S,
+    SWAP_MARGIN_S,
+    DispatchParameters,
     OrderKey,
     Room,
     RunningJob,
@@ -37,6 +40,9 @@ from alise_engine.events import Snapshot
 from alise_engine.hello import HelloMaker
 from alise_engine.job_queue import KeyedRequestQueue
 from alise_engine.jobs import JobRecord, arrived, finished, progress
+from alise_engine.kv_tier.decisions import preemption_s
+from alise_engine.kv_tier.scheduler import tier_of
+from alise_engine.kv_tier.steering import JobView, TierSteering
 from alise_engine.settings import EngineSettings
 
 logger = init_logger("vllm.alise.scheduler")
@@ -49,6 +55,7 @@ _BLOCKED_RETRY_S = 1.0
 _STEPS_PER_REPORT = 16
 _VICTIMS_CONSIDERED = 16
 """Only the worst running jobs are looked at: the better ones are not behind anybody by a margin."""
+_STEP_SMOOTHING = 0.2
 
 
 class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped to us
@@ -59,6 +66,9 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._settings = EngineSettings.from_env(os.environ)
         self._jobs: dict[str, JobRecord] = {}  # req_id -> record
         self._client: SidecarClient | None = None
+        self._tier = tier_of(self.connector)
+        if self._tier is not None:
+            self._tier.prefill_s_per_token = DEFAULT_COSTS.prefill_s_per_token
         if self._settings.address is None:
             logger.warning("ALISE_SCHEDULER is not set: scheduling is stock vLLM's")
             return
@@ -75,9 +85,19 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._no_block_preemption_until_s = 0.0
         self._steps: list[StepTiming] = []
         self._open_step: tuple[float, int, int, int] | None = None
+        usual_s = RECOMPUTE_MARGIN_S if self._tier is None else SWAP_MARGIN_S
+        margin_s = self._settings.margin_s
+        self._dispatch = DispatchParameters(usual_s if margin_s is None else margin_s)
+        self._step_s = 0.0
+        self._lost_tokens: dict[str, int] = {}  # req_id -> tokens it had when it was preempted
         self._unreported_preemptions = 0
+        self._unreported_preempted_tokens = 0
         self._unreported_recomputed_tokens = 0
         self._unreported_unknown_jobs = 0
+        self._steering: TierSteering | None = None
+        if self._tier is not None:
+            jobs = JobView(self._key_of, self._remaining_s, self._is_likely_victim)
+            self._steering = TierSteering(self, self._tier, jobs)
         self._client = SidecarClient(
             self._settings.address,
             self._settings.tls,
@@ -109,12 +129,18 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             self.running.sort(key=self._key_of)
             if not throttle_prefills and self._pause_state == PauseState.UNPAUSED:
                 victims = self._preempt_for_waiting(now_s)
+        if self._tier is not None and self._steering is not None:
+            self._tier.prefill_s_per_token = self._client.costs.prefill_s_per_token
+            self._steering.prefetch(self._step_s)
+            if self._ranked_jobs:
+                self._steering.store_ahead(self._step_s)
         try:
             output = super().schedule(throttle_prefills)
         finally:
             # Held back meanwhile: a victim must not be admitted again in the same step.
             for request in victims:
                 self.waiting.add_request(request)
+        self._count_recomputed(output)
         self._open_step_of(output, now_s)
         if now_s >= self._next_report_s or not self._jobs:
             self._next_report_s = now_s + REPORT_INTERVAL_S
@@ -139,14 +165,27 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         )
         return result
 
+    def _preempt_request(
+        self, request: Request, timestamp: float, drop_stale_output: bool = False
+    ) -> None:
+        # Dispatch's preemptions and vLLM's own, for want of blocks, come through here.
+        if self._tier is not None:
+            self._tier.store_before_preemption(request)
+        if self._client is not None:
+            tokens = min(request.num_computed_tokens, request.num_tokens)
+            self._lost_tokens[request.request_id] = tokens
+            self._unreported_preempted_tokens += tokens
+            self._client.send(Preempted(request.request_id, request.num_output_tokens))
+        super()._preempt_request(request, timestamp, drop_stale_output=drop_stale_output)
+
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         record = self._jobs.pop(request.request_id, None)
-        if record is not None:
+        if record is not None and self._client is not None:
             self._ranked_jobs -= record.is_ranked
-            if self._client is not None:
-                self._client.send(finished(record))
+            self._lost_tokens.pop(request.request_id, None)
+            self._client.send(finished(record))
         result: tuple[dict[str, Any] | None, dict[str, Any] | None] = super()._free_request(
             request, delay_free_blocks
         )
@@ -207,17 +246,16 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         if self._free_slots() < 1 and not is_far_behind(
             self._key_of(self.running[-1]),
             self._key_of(self.waiting.peek_request()),
-            self._settings.dispatch,
+            self._dispatch,
         ):
             return []
-        costs = self._client_costs()
-        room = self._room(now_s, costs)
-        if room.slots < 1 and room.wait_s(0) <= self._settings.dispatch.margin_s:
+        room = self._room(now_s)
+        if room.slots < 1 and room.wait_s(0) <= self._dispatch.margin_s:
             return []
         worst = self.running[: -_VICTIMS_CONSIDERED - 1 : -1]
-        running = [self._running_job(request, costs) for request in worst]
-        waiting = self._waiting_jobs(costs)
-        victim_ids = choose_victims(waiting, running, room, self._settings.dispatch)
+        running = [self._running_job(request) for request in worst]
+        waiting = self._waiting_jobs()
+        victim_ids = choose_victims(waiting, running, room, self._dispatch)
         if not victim_ids:
             return []
         if room.slots > 0:
@@ -233,53 +271,62 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self.running.remove(request)
         self.prev_step_scheduled_req_ids.discard(request.request_id)
         self._unreported_preemptions += 1
-        self._unreported_recomputed_tokens += request.num_computed_tokens
-        assert self._client is not None
-        self._client.send(Preempted(request.request_id, request.num_output_tokens))
         self._preempt_request(request, now_s, drop_stale_output=self.requires_kv_delivery)
         self.waiting.remove_request(request)
 
     def _free_slots(self) -> int:
-        taken: int = len(self.running) + self.num_waiting_for_streaming_input
+        # A job that holds KV blocks (it is being restored) is admitted before all others.
+        holding = len(self.kv_holding_waiting)
+        taken: int = len(self.running) + holding + self.num_waiting_for_streaming_input
         return int(self.max_num_active_reqs) - taken
 
-    def _room(self, now_s: float, costs: Costs) -> Room:
+    def _room(self, now_s: float) -> Room:
         pool = self.kv_cache_manager.block_pool
         blocks = pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
         if now_s < self._no_block_preemption_until_s:
             blocks = pool.num_gpu_blocks
-        tokens = [self._jobs[request.request_id].expected_tokens() for request in self.running]
-        known = sorted(t * costs.decode_s_per_token for t in tokens if t is not None)
-        return Room(slots=self._free_slots(), blocks=blocks, frees_s=known)
+        left = (self._remaining_s(request) for request in self.running)
+        frees_s = sorted(seconds for seconds in left if seconds is not None)
+        return Room(slots=self._free_slots(), blocks=blocks, frees_s=frees_s)
 
-    def _waiting_jobs(self, costs: Costs) -> Iterator[WaitingJob]:
+    def _remaining_s(self, request: Request) -> float | None:
+        tokens = self._jobs[request.request_id].expected_tokens()
+        return None if tokens is None else tokens * self._client_costs().decode_s_per_token
+
+    def _is_likely_victim(self, request: Request) -> bool:
+        return self._jobs[request.request_id].is_ranked and self._is_preemptible(request)
+
+    def _waiting_jobs(self) -> Iterator[WaitingJob]:
         for request in self.waiting:
             if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
                 continue
             record = self._jobs[request.request_id]
-            tokens = record.expected_tokens()
             yield WaitingJob(
                 job_id=request.request_id,
                 key=record.key,
                 is_ranked=record.is_ranked,
-                remaining_s=None if tokens is None else tokens * costs.decode_s_per_token,
+                remaining_s=self._remaining_s(request),
                 blocks=request.num_tokens // self.block_size + 1,
             )
 
-    def _running_job(self, request: Request, costs: Costs) -> RunningJob:
+    def _running_job(self, request: Request) -> RunningJob:
         record = self._jobs[request.request_id]
-        tokens = record.expected_tokens()
+        cost_s = request.num_computed_tokens * self._client_costs().prefill_s_per_token
+        if self._tier is not None:
+            cost_s = preemption_s(self._tier.copy_of(request), self._tier.costs())
         return RunningJob(
             job_id=request.request_id,
             key=record.key,
             is_ranked=record.is_ranked,
-            remaining_s=None if tokens is None else tokens * costs.decode_s_per_token,
-            recompute_s=request.num_computed_tokens * costs.prefill_s_per_token,
+            remaining_s=self._remaining_s(request),
+            preemption_s=cost_s,
             blocks=request.num_computed_tokens // self.block_size,
-            is_preemptible=(
-                request.status == RequestStatus.RUNNING
-                and self._request_blocks_can_be_freed(request)
-            ),
+            is_preemptible=self._is_preemptible(request),
+        )
+
+    def _is_preemptible(self, request: Request) -> bool:
+        return bool(
+            request.status == RequestStatus.RUNNING and self._request_blocks_can_be_freed(request)
         )
 
     # Events out.
@@ -296,11 +343,23 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         metrics.RANKED_JOBS.set(self._ranked_jobs)
         metrics.LIVE_JOBS.set(len(self._jobs))
         metrics.PREEMPTIONS.inc(self._unreported_preemptions)
+        metrics.PREEMPTED_TOKENS.inc(self._unreported_preempted_tokens)
         metrics.RECOMPUTED_TOKENS.inc(self._unreported_recomputed_tokens)
         metrics.ESTIMATES_UNKNOWN.inc(self._unreported_unknown_jobs)
         self._unreported_preemptions = 0
+        self._unreported_preempted_tokens = 0
         self._unreported_recomputed_tokens = 0
         self._unreported_unknown_jobs = 0
+        if self._tier is not None:
+            self._tier.report()
+
+    def _count_recomputed(self, output: SchedulerOutput) -> None:
+        """Count what preempted jobs that run again in this step compute anew."""
+        scheduled = output.num_scheduled_tokens
+        for job_id in [job_id for job_id in self._lost_tokens if job_id in scheduled]:
+            restored = self.requests[job_id].num_computed_tokens - scheduled[job_id]
+            lost = self._lost_tokens.pop(job_id)
+            self._unreported_recomputed_tokens += max(lost - restored, 0)
 
     def _snapshot(self) -> Snapshot:
         records = list(self._jobs.values())
@@ -328,7 +387,9 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._open_step = None
         # With nobody running, the time since then includes waiting for a request.
         if self.running:
-            self._steps.append(StepTiming(prefill_tokens, decode_jobs, context, now_s - began_s))
+            step_s = now_s - began_s
+            self._steps.append(StepTiming(prefill_tokens, decode_jobs, context, step_s))
+            self._step_s += _STEP_SMOOTHING * (step_s - self._step_s)
 
     def _client_costs(self) -> Costs:
         assert self._client is not None

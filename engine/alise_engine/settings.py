@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from alise_engine.dispatch import DispatchParameters
-
+_DEFAULT_STALE_AFTER_S = 2.0
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -39,23 +38,22 @@ class EngineSettings:
     """Pod-private folder shared with the sidecar, for the token table."""
     tls: TlsFiles | None
     preempts: bool
-    dispatch: DispatchParameters
+    margin_s: float | None
+    """Dispatch's margin; None: what suits the engine's way of preempting."""
     stale_after_s: float
     """Estimates are dropped when the stream has been down for longer."""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> EngineSettings:
         """Read and validate the settings; raises `SettingsError`."""
-        defaults = DispatchParameters()
+        stale_after_s = _seconds(environ, "ALISE_STALE_AFTER_S")
         return cls(
             address=environ.get("ALISE_SCHEDULER") or None,
             shared_dir=_path(environ, "ALISE_SHARED_DIR"),
             tls=_tls(environ),
             preempts=_boolean(environ, "ALISE_PREEMPTION", default=True),
-            dispatch=DispatchParameters(
-                margin_s=_seconds(environ, "ALISE_PREEMPTION_MARGIN_S", defaults.margin_s)
-            ),
-            stale_after_s=_seconds(environ, "ALISE_STALE_AFTER_S", 2.0),
+            margin_s=_seconds(environ, "ALISE_PREEMPTION_MARGIN_S"),
+            stale_after_s=_DEFAULT_STALE_AFTER_S if stale_after_s is None else stale_after_s,
         )
 
 
@@ -86,10 +84,10 @@ def _boolean(environ: Mapping[str, str], name: str, *, default: bool) -> bool:
     return _BOOLEANS[value.lower()]
 
 
-def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
+def _seconds(environ: Mapping[str, str], name: str) -> float | None:
     value = environ.get(name)
     if not value:
-        return default
+        return None
     try:
         seconds = float(value)
     except ValueError:

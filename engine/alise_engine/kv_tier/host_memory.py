@@ -1,0 +1,36 @@
+"""The host tier's memory: slots of bytes, each with a checksum that is verified before it is read.
+
+Bounded: it is allocated once, pinned where a GPU copies from it. It does not know what the bytes
+mean.
+"""
+
+from __future__ import annotations
+
+import torch
+import xxhash
+
+
+class HostMemory:
+    """`slots` rows of `slot_bytes` bytes."""
+
+    def __init__(self, slots: int, slot_bytes: int, *, is_pinned: bool) -> None:
+        self.rows = torch.empty(slots, slot_bytes, dtype=torch.int8, pin_memory=is_pinned)
+        """Shape (slots, slot_bytes), int8."""
+        self._bytes = self.rows.numpy()
+        self._checksums: list[int | None] = [None] * slots
+
+    def seal(self, slot: int) -> None:
+        """Note the checksum of what has been written to a slot."""
+        self._checksums[slot] = self._digest(slot)
+
+    def spoil(self, slot: int) -> None:
+        """Mark a slot whose content can't be used."""
+        self._checksums[slot] = None
+
+    def is_intact(self, slot: int) -> bool:
+        """Say whether a slot still holds what it was sealed with."""
+        return self._checksums[slot] is not None and self._checksums[slot] == self._digest(slot)
+
+    def _digest(self, slot: int) -> int:
+        digest: int = xxhash.xxh3_64_intdigest(self._bytes[slot])
+        return digest

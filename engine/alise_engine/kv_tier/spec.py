@@ -1,0 +1,158 @@
+"""The KV tier as vLLM's `OffloadingSpec`: what it holds, for which models, and its two halves.
+
+Serves models whose KV cache is one group of plain attention layers. Others (MLA, sliding windows,
+Mamba and hybrids of these, context parallelism, a quantized KV cache with INT8) are served without
+the tier, and a warning says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCaches,
+    OffloadingSpec,
+    OffloadingWorker,
+    TransferResult,
+)
+from vllm.v1.kv_offload.config import OffloadingConfig
+
+from alise_engine.kv_tier.layout import Quantization, SlotLayout, slots_within
+from alise_engine.kv_tier.manager import HostTierManager
+from alise_engine.kv_tier.worker import STAGING_SLOTS, TierWorker, stacked
+
+logger = init_logger("vllm.alise.kv_tier")
+
+SETTINGS_KEY = "alise_kv_tier"
+"""Where the connector puts `TierSettings` among vLLM's extra configuration."""
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class TierSettings:
+    """What vLLM's `OffloadingConfig` does not say."""
+
+    host_bytes: int
+    """Bound on host memory of all workers together."""
+    quantization: Quantization
+    group: int
+    """Elements that share a scale: the head size."""
+    unsupported: str | None
+    """Why this model is served without the tier; None when it is served with it."""
+
+
+def read_settings(
+    extra_config: Mapping[str, Any], vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> TierSettings:
+    """Return the settings from `--kv-transfer-config`'s extra configuration and the model."""
+    quantization = Quantization(extra_config.get("quantization", Quantization.INT8.value))
+    groups = kv_cache_config.kv_cache_groups
+    unsupported = unsupported_reason(vllm_config, kv_cache_config, quantization)
+    return TierSettings(
+        host_bytes=int(extra_config.get("host_bytes", 0)),
+        quantization=quantization,
+        group=1 if unsupported else groups[0].kv_cache_spec.head_size,
+        unsupported=unsupported,
+    )
+
+
+def unsupported_reason(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, quantization: Quantization
+) -> str | None:
+    """Return why the tier can't serve this model; None when it can."""
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        return f"its KV cache has {len(groups)} groups (a hybrid model); one is supported"
+    spec = groups[0].kv_cache_spec
+    if isinstance(spec, MLAAttentionSpec) or not isinstance(spec, FullAttentionSpec):
+        return f"its KV cache is of the kind {type(spec).__name__}; plain attention is supported"
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        return "context parallelism is on"
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if quantization == Quantization.INT8 and cache_dtype not in ("auto", *_DTYPES):
+        return (
+            f"--kv-cache-dtype {cache_dtype} is quantized already; "
+            "use --alise-kv-quantization none with it"
+        )
+    return None
+
+
+class QuantizedOffloadingSpec(OffloadingSpec):  # type: ignore[misc]  # vLLM is untyped to us
+    """The tier's manager (scheduler side) and worker for one engine."""
+
+    def __init__(self, config: OffloadingConfig) -> None:
+        super().__init__(config)
+        self.offload_prompt_only = False
+        settings: TierSettings = self.extra_config[SETTINGS_KEY]
+        self.settings = settings
+        self.layout: SlotLayout | None = None
+        self.slots = 0
+        block_bytes = config.worker_kv_bytes_per_block
+        if settings.unsupported is not None or not block_bytes:
+            return
+        dtype = _DTYPES.get(config.model.dtype, torch.int8)
+        layers = len(config.groups[0].layer_names)
+        self.layout = SlotLayout(
+            layers=layers,
+            page_elements=block_bytes // layers // dtype.itemsize,
+            element_bytes=dtype.itemsize,
+            group=settings.group,
+            quantization=settings.quantization,
+        )
+        self.slots = slots_within(
+            settings.host_bytes, config.parallel.world_size, self.layout, STAGING_SLOTS
+        )
+
+    def get_manager(self) -> HostTierManager:
+        """Return the scheduler's half; it holds nothing when the model is not supported."""
+        if self.layout is None:
+            logger.warning(
+                "The KV tier is off for this model: %s. Preempted jobs are recomputed",
+                self.settings.unsupported or "its KV cache is empty",
+            )
+        else:
+            logger.info(
+                "KV tier: %d blocks of %d tokens in host memory (%s, %.2f of the device's bytes)",
+                self.slots,
+                self.tokens_per_block[0],
+                self.settings.quantization.value,
+                self.layout.bytes_per_slot
+                / (self.layout.layers * self.layout.page_elements * self.layout.element_bytes),
+            )
+        return HostTierManager(self.slots)
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        """Return a worker's half for its KV tensors."""
+        if self.layout is None:
+            return _NoWorker()
+        refs = kv_caches.group_data_refs[0]
+        tensors = [kv_caches.tensors[ref.tensor_idx].tensor for ref in refs]
+        dtype = _DTYPES.get(self.config.model.dtype, torch.int8)
+        pages = stacked(tensors, dtype, self.layout.page_elements)
+        return TierWorker(pages, self.layout, self.slots)
+
+
+class _NoWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM is untyped to us
+    """Stands where the tier is off: nothing is ever submitted."""
+
+    def submit_store(self, *_: Any) -> bool:
+        return False
+
+    def submit_load(self, *_: Any) -> bool:
+        return False
+
+    def take_invalid_blocks(self) -> set[int]:
+        return set()
+
+    def get_finished(self) -> list[TransferResult]:
+        return []
+
+    def wait(self, *_: Any) -> None:
+        return
