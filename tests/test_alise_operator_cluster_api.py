@@ -67,7 +67,7 @@ CREATION: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (
         "kvSwap.hostGiB must be above 0",
         {"kvSwap": {"enabled": True, "hostGiB": 1}},
-        {"kvSwap": {"enabled": True}},
+        {"kvSwap": {"enabled": True, "hostGiB": 0}},
     ),
     (
         "speculativeDecoding.model is needed",

@@ -160,6 +160,7 @@ def test_engine_and_predictor_share_a_socket_and_its_owner() -> None:
             {"scheduling": {"preemption": {"marginSeconds": 9}}},
             "--alise-preemption --alise-preemption-margin-s 9",
         ),
+        ({"kvSwap": {"enabled": False}}, "--alise-kv-host-gib 0"),
         (
             {"kvSwap": {"enabled": True, "hostGiB": 8, "quantization": "none"}},
             "--alise-kv-host-gib 8 --alise-kv-quantization none",

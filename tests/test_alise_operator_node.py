@@ -24,6 +24,7 @@ IMAGE = os.environ.get("ALISE_TEST_STANDIN_IMAGE", "localhost/alise-standin:1")
 NAMESPACE = "alise-node-test"
 SMALL: dict[str, Any] = {
     "model": {"cache": {"enabled": False}},
+    "kvSwap": {"enabled": False},
     "engine": {
         "resources": {"cpu": "10m", "memoryGiB": 1},
         "shmGiB": 1,

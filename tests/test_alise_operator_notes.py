@@ -57,7 +57,7 @@ def test_03_the_kv_host_tier_is_part_of_the_memory_and_shm_is_sized() -> None:
     volumes = {volume["name"]: volume for volume in pod_template(service)["spec"]["volumes"]}
     assert volumes["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
     assert {"name": "shm", "mountPath": "/dev/shm"} in engine(service)["volumeMounts"]
-    assert memory_gib(spec(kvSwap={"hostGiB": 40})) == 18  # disabled: not counted
+    assert memory_gib(spec(kvSwap={"enabled": False, "hostGiB": 40})) == 18  # disabled: not counted
 
 
 def test_04_a_crash_loop_is_not_ready_and_its_reason_is_kept() -> None:

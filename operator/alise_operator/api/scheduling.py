@@ -14,9 +14,9 @@ class Preemption(ApiModel):
 
     enabled: bool = True
     """Allow preemption. A change restarts the engine."""
-    margin_seconds: Annotated[int, Field(ge=0, le=3600)] = 4
-    """Preempt only if that saves this much waiting, beyond its cost. A change restarts the
-    engine."""
+    margin_seconds: Annotated[int, Field(ge=0, le=3600)] | None = None
+    """Preempt only if that saves this much waiting, beyond its cost; by default the engine's own
+    choice, which depends on the KV tier. A change restarts the engine."""
 
 
 class SchedulingSpec(ApiModel):
@@ -47,9 +47,9 @@ class KvSwapSpec(ApiModel):
         )
     )
 
-    enabled: bool = False
+    enabled: bool = True
     """Swap the KV cache of preempted jobs to host memory instead of dropping it."""
-    host_gib: Annotated[int, Field(ge=0, le=4096)] = 0
+    host_gib: Annotated[int, Field(ge=0, le=4096)] = 4
     """Size of the tier in GiB; it is added, with headroom, to the engine's memory request and
     limit."""
     quantization: Literal["int8", "none"] = "int8"

@@ -76,10 +76,12 @@ def engine_arguments(service: ServiceView, *, is_worker: bool = False) -> list[s
     arguments += ["--alise-scheduler", SOCKET, "--alise-shared-dir", RUN_DIR]
     arguments += ["--alise-drain-s", str(spec.lifecycle.drain_seconds)]
     arguments += ["--alise-preemption" if preemption.enabled else "--no-alise-preemption"]
-    arguments += ["--alise-preemption-margin-s", str(preemption.margin_seconds)]
-    if spec.kv_swap.enabled:
-        arguments += ["--alise-kv-host-gib", str(spec.kv_swap.host_gib)]
-        arguments += ["--alise-kv-quantization", spec.kv_swap.quantization]
+    if preemption.margin_seconds is not None:
+        arguments += ["--alise-preemption-margin-s", str(preemption.margin_seconds)]
+    # Said even when it is off: the engine's own default is a tier that the pod's memory lacks.
+    host_gib = spec.kv_swap.host_gib if spec.kv_swap.enabled else 0
+    arguments += ["--alise-kv-host-gib", str(host_gib)]
+    arguments += ["--alise-kv-quantization", spec.kv_swap.quantization]
     if engine.max_model_len is not None:
         arguments += ["--max-model-len", str(engine.max_model_len)]
     if engine.accelerator.count:
