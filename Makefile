@@ -11,15 +11,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.alise-installed
 TORCH := torch==2.13.0+cpu
-SOURCES := engine scheduler_sidecar benchmarks tests
+SOURCES := engine scheduler_sidecar benchmarks operator charts tests
+CRD := crds/serving.alise.dev_aliseservices.yaml
 PROTO := alise_scheduler/v1/scheduler.proto
 # Options for the command of `serve`, `bench` or `test`: make serve ARGS='--port 8001'
 ARGS ?=
 
-.PHONY: help install serve test test-fast lint format proto bench clean
+.PHONY: help install serve test test-fast test-operator lint format proto operator-generate bench clean
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 install: $(STAMP) ## Make the environment: vLLM's CPU build, ALISE, the default model, the tools
 
@@ -51,16 +52,17 @@ serve: $(STAMP) ## Serve the default model on localhost:8000 with speculative sc
 test: $(STAMP) ## Run all tests (minutes: some start real engines)
 	$(BIN)/python -m pytest $(ARGS)
 
-test-fast: $(STAMP) ## Run the tests that start no engine
-	$(BIN)/python -m pytest -m 'not engine' $(ARGS)
+test-fast: $(STAMP) ## Run the tests that start no engine and no API server
+	$(BIN)/python -m pytest -m 'not engine and not cluster' $(ARGS)
 
 lint: $(STAMP) ## Check style, types, imports and generated files
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
-	PYTHONPATH=scheduler_sidecar:engine:benchmarks $(BIN)/lint-imports
+	PYTHONPATH=scheduler_sidecar:engine:benchmarks:operator $(BIN)/lint-imports
 	$(MAKE) --no-print-directory proto
-	git diff --exit-code -- scheduler_sidecar/alise_scheduler/v1
+	$(MAKE) --no-print-directory operator-generate
+	git diff --exit-code -- scheduler_sidecar/alise_scheduler/v1 crds docs/api.md charts
 
 format: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -71,6 +73,15 @@ proto: $(STAMP) ## Generate the gRPC stubs from the contract
 	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. \
 	  --plugin=protoc-gen-mypy=$(abspath $(BIN))/protoc-gen-mypy \
 	  --plugin=protoc-gen-mypy_grpc=$(abspath $(BIN))/protoc-gen-mypy_grpc $(PROTO)
+
+operator-generate: $(STAMP) ## Generate the CRD, the API reference and the chart's copies
+	$(BIN)/alise operator crd > $(CRD)
+	cp $(CRD) charts/alise-operator/files/crds/
+	$(BIN)/alise operator reference > docs/api.md
+	$(BIN)/python charts/alise-operator/generate_readme.py > charts/alise-operator/README.md
+
+test-operator: $(STAMP) ## Run the operator's tests; with kube-apiserver and etcd (docs/operator.md)
+	$(BIN)/python -m pytest tests/test_alise_operator_*.py $(ARGS)
 
 bench: $(STAMP) ## Compare with stock vLLM, side by side; ARGS='--help' shows what can be chosen
 	$(BIN)/alise bench $(ARGS)

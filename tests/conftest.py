@@ -36,3 +36,38 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "-CAcreateserial", "-out", f"{name}.pem", "-extfile", "names",
         )  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="session")
+def api_server(tmp_path_factory: pytest.TempPathFactory):
+    """A real Kubernetes API server; skips where there are no binaries."""
+    pytest.importorskip("kopf", reason="needs the extra 'operator'")
+    from operator_cluster import ApiServer
+
+    server = ApiServer(tmp_path_factory.mktemp("api-server"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def crd(api_server):
+    """A cluster with the CRD of ALISEService."""
+    from operator_cluster import ROOT, Cluster
+
+    cluster = Cluster(api_server)
+    (path,) = (ROOT / "crds").glob("*.yaml")
+    cluster.install_crd(path)
+    for peering in (ROOT / "charts" / "alise-operator" / "files" / "peering").glob("*.yaml"):
+        cluster.install_crd(peering)
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def operator_kubeconfig(crd, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A kubeconfig of the chart's service account, with the chart's rights and no others."""
+    from operator_cluster import chart_account_token
+
+    return crd.server.kubeconfig("operator", chart_account_token(crd))

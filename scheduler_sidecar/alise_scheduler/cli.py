@@ -113,6 +113,15 @@ def scheduler(
             help="srtf-aging: a wait this long makes up for e times the work.",
         ),
     ] = 30.0,
+    policy_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="ALISE_POLICY_FILE",
+            dir_okay=False,
+            help="JSON of policy, gamma and aging_s, which wins over the options of these names; "
+            "changes apply without a restart.",
+        ),
+    ] = None,
     max_samples: Annotated[
         int,
         typer.Option(
@@ -193,6 +202,7 @@ def scheduler(
         metrics_port=metrics_port,
         grace_s=grace_s,
         policy=PolicySettings(policy, gamma, aging_s, _oracle(oracle_file)),
+        policy_file=policy_file,
     )
     predictor = Predictor(
         PredictorSettings(state_dir=state_dir or _default_state_dir(), max_samples=max_samples)

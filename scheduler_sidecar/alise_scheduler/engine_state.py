@@ -14,6 +14,7 @@ from alise_scheduler.estimates import (
     Estimate,
     MeanTokens,
     Pricing,
+    by_arrival,
     estimate,
     is_news,
     mean_service_s,
@@ -92,11 +93,14 @@ class EngineState:
 
     def __post_init__(self) -> None:
         self.table = JobTable(self.predictor.track, self.settings.true_tokens_of)
-        parameters = PolicyParameters(aging_s=self.settings.aging_s)
-        if self.settings.gamma_per_s is not None:
-            parameters = replace(parameters, gamma_per_s=self.settings.gamma_per_s)
-        self.pricing = Pricing(self.settings.policy, parameters, self.cost_model.rates())
+        self._price(PolicyParameters())
         self._model_version = self.predictor.model_version
+
+    def choose(self, settings: PolicySettings) -> None:
+        """Go on with other settings; all jobs are priced anew."""
+        self.settings = settings
+        self._price(self.pricing.parameters)
+        self.table.mark_unpriced(self.table.jobs.values())
 
     def connect(self) -> None:
         """Begin a stream: a snapshot follows, and the engine must be told everything again."""
@@ -137,6 +141,12 @@ class EngineState:
         """Whether `advance` has something to do at once."""
         return self.table.has_work and not self.table.is_in_snapshot
 
+    def _price(self, parameters: PolicyParameters) -> None:
+        parameters = replace(parameters, aging_s=self.settings.aging_s)
+        if self.settings.gamma_per_s is not None:
+            parameters = replace(parameters, gamma_per_s=self.settings.gamma_per_s)
+        self.pricing = Pricing(self.settings.policy, parameters, self.cost_model.rates())
+
     def _learn(self, ended: Ended) -> None:
         outcome, job = _OUTCOME_OF.get(ended.reason), ended.job
         if outcome is None or not job.output_tokens:
@@ -161,6 +171,8 @@ class EngineState:
         news = []
         for job in jobs:
             new = estimate(job, self.pricing)
+            if new is None and job.sent is not None:
+                new = by_arrival(job)  # priced by a policy that is no longer in use
             if new is not None and is_news(new, job.sent, self.pricing.tolerance_s):
                 job.sent = new
                 news.append(new)

@@ -89,6 +89,19 @@ def estimate(job: Job, pricing: Pricing) -> Estimate | None:
     )
 
 
+def by_arrival(job: Job) -> Estimate:
+    """Return what takes back an earlier estimate of `job`: its place by arrival."""
+    return Estimate(job.job_id, job.arrival_s, 0.0, job.output_tokens, 0.0)
+
+
+def backlog_s(job: Job, rates: ServiceRates) -> float:
+    """Return the predicted service time that `job` still needs, seconds; 0 without a prediction."""
+    left_tokens = remaining_tokens(job)
+    if not left_tokens:
+        return 0.0
+    return rates.service_s(0 if job.output_tokens else job.prompt_tokens, mean(left_tokens))
+
+
 def is_news(new: Estimate, sent: Estimate | None, tolerance_s: float) -> bool:
     """Return whether the engine, knowing `sent`, should be told `new`."""
     if sent is None:

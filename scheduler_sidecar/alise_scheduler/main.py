@@ -49,6 +49,12 @@ SUBCOMMANDS: Final = (
         "alise_bench.cli:app",
         ("bench",),
     ),
+    Subcommand(
+        "operator",
+        "Run the Kubernetes operator, or print its CRD.",
+        "alise_operator.cli:app",
+        ("operator",),
+    ),
 )
 
 _root = typer.Typer(

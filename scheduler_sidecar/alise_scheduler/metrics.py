@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from alise_scheduler.engine_state import EngineState
+from alise_scheduler.estimates import backlog_s
 
 if TYPE_CHECKING:
     from alise_scheduler.predictor import Predictor, Quality
@@ -59,6 +60,11 @@ class Metrics:
         )
         self.samples = _gauge(registry, "alise_samples", "Finished jobs stored to learn from.")
         self.jobs = Gauge("alise_jobs", "Live jobs.", ["state"], registry=registry)
+        self.backlog_s = _gauge(
+            registry,
+            "alise_backlog_seconds",
+            "Predicted service time that jobs without a slot still need.",
+        )
         self.finished = Counter(
             "alise_jobs_finished", "Jobs that ended, by reason.", ["reason"], registry=registry
         )
@@ -107,11 +113,17 @@ class Metrics:
     def show_engines(self, engines: Iterable[tuple[str, EngineState]], sessions: int) -> None:
         """Set the gauges that describe the engines now."""
         states: Tally[str] = Tally()
+        waiting_s = 0.0
         self.gamma_per_s.clear()
         self.cost.clear()
         for name, engine in engines:
             states.update(job.state for job in engine.table.jobs.values())
             pricing, cost = engine.pricing, engine.cost_model.cost
+            waiting_s += sum(
+                backlog_s(job, pricing.rates)
+                for job in engine.table.jobs.values()
+                if not job.is_running
+            )
             self.gamma_per_s.labels(name).set(pricing.parameters.gamma_per_s)
             for coefficient, value_s in (
                 ("base", cost.base_s),
@@ -124,6 +136,7 @@ class Metrics:
                 self.cost.labels(name, coefficient).set(value_s)
         for state in _JOB_STATES:
             self.jobs.labels(state).set(states[state])
+        self.backlog_s.set(waiting_s)
         self.sessions.set(sessions)
 
     def show_predictor(self, predictor: Predictor, quality: Quality) -> None:

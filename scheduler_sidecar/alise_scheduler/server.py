@@ -23,6 +23,7 @@ from alise_scheduler.engines import Engines
 from alise_scheduler.listen import Address, ListenError, TcpAddress, UnixAddress, prepare_socket
 from alise_scheduler.measured_predictor import MeasuredPredictor
 from alise_scheduler.metrics import Metrics
+from alise_scheduler.policy_file import POLL_S, PolicyFile
 from alise_scheduler.predictor import Predictor
 from alise_scheduler.service import SchedulerService
 from alise_scheduler.v1 import scheduler_pb2_grpc
@@ -62,6 +63,8 @@ class ServerSettings:
     """0: no metrics page."""
     grace_s: float
     policy: PolicySettings
+    policy_file: Path | None = None
+    """Wins over `policy`, and is followed as it changes."""
 
 
 async def serve(settings: ServerSettings, predictor: Predictor) -> None:
@@ -88,9 +91,11 @@ async def running(
     """
     metrics = Metrics()
     measured = MeasuredPredictor(predictor, metrics)
-    engines = Engines(lambda: EngineState(measured, settings.policy), settings.grace_s)
+    policy_file = PolicyFile(settings.policy_file, settings.policy)
+    policy_file.refresh()
+    engines = Engines(lambda: EngineState(measured, policy_file.settings), settings.grace_s)
     service = SchedulerService(
-        measured, engines, metrics, settings.policy.policy, settings.shared_dir, stopping
+        measured, engines, metrics, policy_file.settings.policy, settings.shared_dir, stopping
     )
     server = grpc.aio.server(options=_OPTIONS)
     health_servicer = health.aio.HealthServicer()
@@ -101,7 +106,9 @@ async def running(
     target = _bind(server, settings)
     page = _start_metrics_page(settings, metrics)
     predictor.start()
-    gauges = asyncio.create_task(_follow(metrics, engines, predictor))
+    background = [asyncio.create_task(_follow(metrics, engines, predictor))]
+    if settings.policy_file is not None:
+        background.append(asyncio.create_task(_follow_policy(policy_file, engines, service)))
     try:
         await server.start()
         await health_servicer.set(
@@ -112,7 +119,8 @@ async def running(
         stopping.set()
         await health_servicer.enter_graceful_shutdown()
         await server.stop(_STOP_GRACE_S)
-        gauges.cancel()
+        for task in background:
+            task.cancel()
         predictor.close()
         if page is not None:
             page[0].shutdown()
@@ -177,3 +185,13 @@ async def _follow(metrics: Metrics, engines: Engines, predictor: Predictor) -> N
         metrics.show_engines(engines, engines.connected)
         metrics.show_predictor(predictor, predictor.quality())
         await asyncio.sleep(_GAUGES_PERIOD_S)
+
+
+async def _follow_policy(file: PolicyFile, engines: Engines, service: SchedulerService) -> None:
+    while True:
+        await asyncio.sleep(POLL_S)
+        if file.refresh():
+            _log.info("policy %s from %s", file.settings.policy.value, file.path)
+            service.policy = file.settings.policy
+            for _, state in engines:
+                state.choose(file.settings)

@@ -1,0 +1,1 @@
+"""The ALISE operator: turns `ALISEService` objects into pods, and tells what came of it."""

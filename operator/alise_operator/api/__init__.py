@@ -1,0 +1,1 @@
+"""The API `serving.alise.dev/v1alpha1`: typed models, the source of CRD and reference."""

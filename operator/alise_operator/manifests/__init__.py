@@ -1,0 +1,1 @@
+"""Pure functions from a spec to Kubernetes manifests. No clock, no network, no kopf."""

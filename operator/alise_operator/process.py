@@ -1,0 +1,173 @@
+"""The operator's process: builds the parts, runs them together, and ends them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+
+import httpx2 as httpx
+import kopf
+from lightkube import AsyncClient
+
+from alise_operator.audit import Audit
+from alise_operator.endpoints import endpoints
+from alise_operator.handlers import configure, register
+from alise_operator.kube import Kube, UnavailableError
+from alise_operator.leadership import Leadership
+from alise_operator.metrics import Metrics
+from alise_operator.optional_apis import OptionalApis
+from alise_operator.reconcile import Reconciler
+from alise_operator.settings import Settings
+from alise_operator.store import Key, Store
+from alise_operator.work_queue import WorkQueue
+
+_log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 20.0
+_DRAIN_S = 10.0
+_FIRST_PAUSE_S = 0.5
+_LAST_PAUSE_S = 15.0
+
+
+class Operator:
+    """All parts of one process."""
+
+    def __init__(self, settings: Settings, client: AsyncClient) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.store = Store()
+        self.kube = Kube(client, self.metrics)
+        first = settings.namespaces[0] if settings.namespaces else None
+        self.apis = OptionalApis(self.kube, first)
+        self.leadership = Leadership(
+            self.kube,
+            settings.peering,
+            settings.namespaces,
+            settings.identity,
+            settings.priority,
+        )
+        self.reconciler = Reconciler(
+            self.kube, self.store, self.apis, settings.images, self.metrics
+        )
+        self.queue: WorkQueue[Key] = WorkQueue(self._work, self._failed)
+        self.audit = Audit(
+            self.kube,
+            self.store,
+            self.queue,
+            self.leadership,
+            self.metrics,
+            settings.namespaces or (None,),
+            self.apis.absent,
+        )
+        self._is_stopping = asyncio.Event()
+        self.is_ready = asyncio.Event()
+
+    async def run(self) -> None:
+        """Run until SIGTERM or SIGINT."""
+        registry, kopf_settings = kopf.OperatorRegistry(), kopf.OperatorSettings()
+        is_cluster_wide = not self.settings.namespaces
+        configure(kopf_settings, is_cluster_wide=is_cluster_wide)
+        register(registry, self.store, self.queue)
+        await self._prepare()
+        tasks = [
+            asyncio.create_task(self.queue.run(self.settings.workers)),
+            asyncio.create_task(self._follow_apis()),
+            asyncio.create_task(self._audit()),
+        ]
+        try:
+            async with endpoints(
+                self.settings.port, self.metrics, self._is_healthy, self.is_ready.is_set
+            ):
+                self.is_ready.set()
+                await kopf.operator(
+                    registry=registry,
+                    settings=kopf_settings,
+                    clusterwide=is_cluster_wide,
+                    namespaces=self.settings.namespaces,
+                    standalone=self.settings.peering is None,
+                    peering_name=self.settings.peering,
+                    priority=self.settings.priority,
+                    identity=self.settings.identity,  # type: ignore[arg-type]
+                )
+        finally:
+            await self._finish(tasks)
+
+    async def _prepare(self) -> None:
+        """Do what must be done before anything is watched, however long the API server is away."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                await self.leadership.prepare()
+                await self.apis.refresh()
+            except UnavailableError as error:
+                _log.warning("the API server does not answer yet: %s", error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+            else:
+                self._log_apis()
+                return
+
+    async def _finish(self, tasks: list[asyncio.Task[None]]) -> None:
+        """Let reconciles that run come to their end, then stop."""
+        self._is_stopping.set()
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._until_idle(), _DRAIN_S)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _until_idle(self) -> None:
+        while not self.queue.is_idle:
+            await asyncio.sleep(0.05)
+
+    def _is_healthy(self) -> bool:
+        return self.audit.is_healthy
+
+    async def _work(self, key: Key) -> None:
+        self.metrics.queued.set(len(self.queue))
+        self.metrics.services.set(len(self.store.services()))
+        if self._is_stopping.is_set():
+            return
+        if not await self.leadership.holds():
+            self.metrics.reconciles.labels("skipped").inc()
+            return  # whoever leads does it; all comes again should we lead one day
+        with self.metrics.reconcile_s.time():
+            try:
+                await self.reconciler.reconcile(key)
+            except Exception:
+                self.metrics.reconciles.labels("retried").inc()
+                raise
+        self.metrics.reconciles.labels("done").inc()
+
+    def _failed(self, key: Key, error: Exception) -> None:
+        self.metrics.reconciles.labels("failed").inc()
+        _log.error("reconcile of %s/%s failed", *key, exc_info=error)
+
+    def _log_apis(self) -> None:
+        names = sorted(kind.kind for kind in self.apis.absent)
+        _log.info("optional APIs that are absent: %s", ", ".join(names) or "none")
+
+    async def _follow_apis(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.discovery_s)
+            if await self.apis.refresh():
+                self._log_apis()
+                for kind in self.apis.absent:
+                    self.store.drop_kind(kind)
+                for key in self.store.services():
+                    self.queue.add(key)
+
+    async def _audit(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.audit_s)
+            await self.audit.run_once()
+
+
+async def run(settings: Settings) -> None:
+    """Run an operator until it is told to stop."""
+    client = AsyncClient(timeout=httpx.Timeout(_TIMEOUT_S))
+    try:
+        await Operator(settings, client).run()
+    finally:
+        await client.aclose()

@@ -1,0 +1,1 @@
+"""Pure functions from what was seen in the cluster to `ALISEService.status`."""

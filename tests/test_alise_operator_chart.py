@@ -1,0 +1,261 @@
+"""The Helm chart: what it renders, and that what is generated or copied is up to date."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from alise_operator.api.crd import FILE_NAME
+from operator_cluster import (
+    CHART,
+    ROOT,
+    Cluster,
+    OperatorProcess,
+    eventually,
+    needs,
+    render_chart,
+    running,
+)
+
+# Everything that can be switched on.
+ALL = (
+    *("--set", "podMonitor.enabled=true", "--set", "dashboard.enabled=true"),
+    *("--set", "alerts.enabled=true"),
+)
+DIGEST = f"sha256:{'0' * 64}"
+
+
+def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    (path,) = needs("helm")
+    return subprocess.run([path, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def kinds(manifests: list[dict[str, Any]]) -> list[str]:
+    return [manifest["kind"] for manifest in manifests]
+
+
+def one(manifests: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    (found,) = [manifest for manifest in manifests if manifest["kind"] == kind]
+    return found
+
+
+def test_the_charts_crd_is_the_one_in_crds() -> None:
+    copy = CHART / "files" / "crds" / FILE_NAME
+    assert copy.read_text() == (ROOT / "crds" / FILE_NAME).read_text(), (
+        "run: make operator-generate"
+    )
+
+
+def test_the_readme_is_the_generated_one() -> None:
+    generated = runpy.run_path(str(CHART / "generate_readme.py"))["readme"]()
+    assert (CHART / "README.md").read_text() == generated, "run: make operator-generate"
+
+
+def leaves(values: dict[str, Any], path: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        here = f"{path}.{name}".lstrip(".")
+        if isinstance(value, dict) and value and name not in ("resources", "labels"):
+            yield from leaves(value, here)
+        else:
+            yield here
+
+
+def test_each_value_is_described_and_in_the_schema() -> None:
+    text = (CHART / "values.yaml").read_text()
+    described = dict(runpy.run_path(str(CHART / "generate_readme.py"))["described"](text))
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    for path in leaves(yaml.safe_load(text)):
+        assert path in described, f"{path} has no comment"
+        node = schema
+        for name in path.split("."):
+            node = node["properties"][name]
+
+
+def test_lint() -> None:
+    done = helm("lint", "--strict", str(CHART))
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["image.pullPolicy=Sometimes", "image.digest=latest", "operator.workers=0", "unknown=1"],
+)
+def test_the_schema_refuses(value: str) -> None:
+    done = helm("template", "x", str(CHART), "--kube-version", "1.34.0", "--set", value)
+    assert done.returncode != 0
+    assert "schema" in done.stderr
+
+
+def test_crds_can_be_left_out_and_are_kept() -> None:
+    crds = [m for m in render_chart() if m["kind"] == "CustomResourceDefinition"]
+    assert {crd["metadata"]["name"] for crd in crds} == {
+        "aliseservices.serving.alise.dev",
+        "clusterkopfpeerings.kopf.dev",
+        "kopfpeerings.kopf.dev",
+    }
+    for crd in crds:
+        assert crd["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    without = render_chart("--set", "crds.install=false", "--set", "crds.installPeering=false")
+    assert "CustomResourceDefinition" not in kinds(without)
+
+
+def test_the_operator_meets_the_restricted_pod_security_standard() -> None:
+    pod = one(render_chart(), "Deployment")["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    (container,) = pod["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": True,
+    }
+
+
+def test_one_replica_that_is_replaced_and_not_doubled() -> None:
+    content = one(render_chart(), "Deployment")["spec"]
+    assert content["replicas"] == 1
+    assert content["strategy"] == {"type": "Recreate"}
+
+
+@pytest.mark.parametrize(
+    ("options", "image"),
+    [
+        ((), "alise/operator:0.1.0"),
+        (("--set", "image.tag=2.0.0"), "alise/operator:2.0.0"),
+        (("--set", f"image.digest={DIGEST}"), f"alise/operator@{DIGEST}"),
+    ],
+    ids=["default", "tag", "digest"],
+)
+def test_the_image(options: tuple[str, ...], image: str) -> None:
+    pod = one(render_chart(*options), "Deployment")["spec"]["template"]["spec"]
+    assert pod["containers"][0]["image"] == image
+
+
+def test_the_operator_knows_the_options_that_the_chart_passes() -> None:
+    pytest.importorskip("kopf", reason="needs the extra 'operator'")
+    import typer
+    from alise_operator.cli import app
+
+    (container,) = one(
+        render_chart(
+            *("--set", "watchNamespaces={a,b}", "--set", "defaultImages.engine=e"),
+            *("--set", "defaultImages.engineCpu=c", "--set", "defaultImages.predictor=p"),
+        ),
+        "Deployment",
+    )["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["alise", "operator", "run"]
+    command = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]
+    with command.make_context("run", list(container["args"])) as context:
+        assert context.params["namespaces"] == ["a", "b"]
+        assert context.params["peering"] == "alise-operator"
+        assert context.params["engine_cpu_image"] == "c"
+
+
+def rules(manifests: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [rule for m in manifests if m["kind"] == kind for rule in m["rules"]]
+
+
+@pytest.mark.parametrize("options", [(), ("--set", "watchNamespaces={a,b}")], ids=["all", "some"])
+def test_rights_have_no_wildcards_and_reach_no_secrets(options: tuple[str, ...]) -> None:
+    manifests = render_chart(*options)
+    found = rules(manifests, "ClusterRole") + rules(manifests, "Role")
+    assert found
+    for rule in found:
+        assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
+        assert "secrets" not in rule["resources"]
+        assert not {"escalate", "bind", "impersonate"} & set(rule["verbs"])
+
+
+def test_with_namespaces_there_are_no_rights_in_the_cluster() -> None:
+    manifests = render_chart("--set", "watchNamespaces={a,b}")
+    assert not {"ClusterRole", "ClusterRoleBinding"} & set(kinds(manifests))
+    roles = [m["metadata"]["namespace"] for m in manifests if m["kind"] == "Role"]
+    assert roles == ["a", "b"]
+
+
+def test_dashboard_and_alerts_ask_for_metrics_that_exist() -> None:
+    from alise_operator.metrics import Metrics
+
+    families = [family.name for family in Metrics().registry.collect()]
+    documented = (ROOT / "docs" / "metrics.md").read_text()
+    manifests = render_chart(*ALL)
+    (dashboard,) = [m for m in manifests if m["metadata"]["name"].endswith("-dashboard")]
+    panels = json.loads(dashboard["data"]["alise.json"])["panels"]
+    queries = [panel["targets"][0]["expr"] for panel in panels]
+    for group in one(manifests, "PrometheusRule")["spec"]["groups"]:
+        queries += [rule["expr"] for rule in group["rules"]]
+    import re
+
+    for query in queries:
+        for name in re.findall(r"alise_\w+", query):
+            stem = re.sub(r"_(total|bucket|sum|count)$", "", name)
+            assert stem in families or stem in documented, name
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    "options", [(), ("--set", "watchNamespaces={alise-system}")], ids=["cluster", "namespaced"]
+)
+def test_the_api_server_takes_all_that_is_rendered(crd: Cluster, options: tuple[str, ...]) -> None:
+    crd.namespace("alise-system")
+    command = ("template", "alise", str(CHART), "--namespace", "alise-system")
+    done = helm(*command, "--kube-version", "1.34.0", "--set", "dashboard.enabled=true", *options)
+    applied = crd.kubectl(
+        "apply", "--server-side", "--dry-run=server", "-f", "-", stdin=done.stdout
+    )
+    assert applied.returncode == 0, applied.stderr
+
+
+@pytest.mark.cluster
+def test_upgrade_and_uninstall_keep_all_services(crd: Cluster, tmp_path: Path) -> None:
+    config = str(crd.server.kubeconfig("admin"))
+    where = ("--kubeconfig", config, "--namespace", "helm-test")
+    # The CRDs are there already, put by another test: Helm may take over what it can adopt.
+    for body in crd.items("apis/apiextensions.k8s.io/v1/customresourcedefinitions"):
+        if body["metadata"]["name"].endswith(("alise.dev", "kopf.dev")):
+            crd.remove_crd(body["metadata"]["name"])
+    installed = helm("install", "alise", str(CHART), *where, "--create-namespace")
+    assert installed.returncode == 0, installed.stderr
+    try:
+        minimal = str(ROOT / "examples" / "minimal.yaml")
+        applied = eventually(
+            lambda: (done := crd.kubectl("apply", "-f", minimal)).returncode == 0 and done
+        )
+        assert "created" in applied.stdout
+        path = "apis/serving.alise.dev/v1alpha1/namespaces/default/aliseservices/qwen"
+        # No kubelet runs the chart's pod here: the same command runs with the same account.
+        account = "api/v1/namespaces/helm-test/serviceaccounts/alise-alise-operator/token"
+        token = crd.create(account, {"kind": "TokenRequest"}).json()["status"]["token"]
+        kubeconfig = crd.server.kubeconfig("installed", token)
+        with running(OperatorProcess(kubeconfig, tmp_path, "--peering", "alise-operator")):
+            row = eventually(
+                lambda: (
+                    "PodsPending" in (shown := crd.kubectl("get", "alise").stdout)
+                    and shown.splitlines()[1].split()
+                )
+            )
+        assert row[:2] == ["qwen", "False"]
+        assert "http://qwen.default.svc:8000/v1" in row
+        before = crd.get(path)
+        newer = tmp_path / "newer"
+        shutil.copytree(CHART, newer)
+        text = (newer / "Chart.yaml").read_text()
+        (newer / "Chart.yaml").write_text(text.replace("version: 0.1.0", "version: 0.1.1", 1))
+        upgraded = helm("upgrade", "alise", str(newer), *where)
+        assert upgraded.returncode == 0, upgraded.stderr
+        assert crd.get(path) == before
+        deployment = crd.get("apis/apps/v1/namespaces/helm-test/deployments/alise-alise-operator")
+        assert deployment is not None
+        assert deployment["metadata"]["labels"]["helm.sh/chart"] == "alise-operator-0.1.1"
+    finally:
+        removed = helm("uninstall", "alise", *where)
+    assert removed.returncode == 0, removed.stderr
+    assert crd.get(path) == before  # the CRD is kept, and with it all services
+    crd.delete(path)

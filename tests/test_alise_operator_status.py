@@ -1,0 +1,245 @@
+"""From pods and workloads to conditions, the last failure and events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from alise_operator.api.crd import root_schema
+from alise_operator.manifests.kinds import LWS, SCALED_OBJECT
+from alise_operator.status.conditions import invalid_spec
+from alise_operator.status.failures import failures_of
+from alise_operator.status.observation import Observation, WorkloadState, workload_state
+from alise_operator.status.status import announcements, dated, service_status
+from operator_fixtures import LOADING, RUNNING, pod, view, waiting
+
+NOW, LATER = "2026-01-01T00:00:00Z", "2026-01-01T00:05:00Z"
+DOWN = WorkloadState(replicas=1, ready=0, updated=1, is_current=True)
+UP = WorkloadState(replicas=1, ready=1, updated=1, is_current=True)
+
+
+def status(
+    seen: Observation, previous: Any = None, now: str = NOW, **fields: Any
+) -> dict[str, Any]:
+    return service_status(view(**fields), seen, previous or {}, now)
+
+
+def verdict(found: dict[str, Any], name: str) -> tuple[str, str]:
+    (condition,) = [item for item in found["conditions"] if item["type"] == name]
+    return condition["status"], condition["reason"]
+
+
+def message(found: dict[str, Any], name: str) -> str:
+    (condition,) = [item for item in found["conditions"] if item["type"] == name]
+    return condition["message"]
+
+
+def ended(code: int, text: str = "", reason: str = "Error") -> dict[str, Any]:
+    """Return a container that restarts after an end."""
+    last = {"reason": reason, "exitCode": code, "message": text, "finishedAt": NOW}
+    return {"state": {"running": {}}, "ready": False, "lastState": {"terminated": last}}
+
+
+PULL = "Back-off pulling image: not found"
+NO_GPU = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason", "text"),
+    [
+        (pod(engine=waiting("ImagePullBackOff", PULL), predictor=RUNNING), "ImagePullFailed", PULL),
+        (
+            pod(conditions=[{"type": "PodScheduled", "status": "False", "message": NO_GPU}]),
+            "Unschedulable",
+            NO_GPU,
+        ),
+        (pod(engine=ended(137, "x", "OOMKilled")), "OutOfMemory", "raise resources.memoryGiB"),
+        (pod(engine=ended(1, "a\nKeyError: 'b'\n")), "Crashed", "KeyError: 'b'"),
+        (
+            pod(engine=ended(1, "huggingface_hub.errors.GatedRepoError: 403\nbye")),
+            "ModelDownloadFailed",
+            "GatedRepoError: 403",
+        ),
+        (
+            pod(engine=ended(1, "torch.OutOfMemoryError: CUDA out of memory.")),
+            "AcceleratorOutOfMemory",
+            "CUDA out of memory",
+        ),
+        (pod(engine=ended(0, "", "Completed")), "ProbeFailed", "startup or liveness probe"),
+        (pod(engine=ended(137)), "ProbeFailed", "killed from outside"),
+        (pod(engine=ended(3)), "Crashed", "exit status 3 and wrote nothing"),
+        (
+            pod(engine=waiting("CreateContainerConfigError", 'secret "hub" not found')),
+            "ContainerConfigError",
+            'secret "hub" not found',
+        ),
+        (pod(phase="Failed", reason="Evicted", message="low on disk"), "Evicted", "low on disk"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_failures_have_reasons_from_pods(broken: Any, reason: str, text: str) -> None:
+    found = status(Observation(1, DOWN, (broken,)))
+    for name, expected in (("Ready", "False"), ("EngineReady", "False"), ("Degraded", "True")):
+        assert verdict(found, name) == (expected, reason)
+    assert verdict(found, "Progressing") == ("False", "Stalled")
+    assert text in message(found, "Degraded")
+    assert found["lastFailure"]["reason"] == reason
+    assert text in found["lastFailure"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("starting", "reason"),
+    [
+        (pod(engine=LOADING, predictor=RUNNING), "ModelLoading"),
+        (pod(engine=waiting("PodInitializing")), "PodStarting"),
+        (pod(engine={"state": {"running": {}}, "started": True, "ready": False}), "ProbeFailed"),
+    ],
+    ids=["loading", "starting", "unready"],
+)
+def test_a_start_is_no_failure(starting: Any, reason: str) -> None:
+    found = status(Observation(1, DOWN, (starting,)))
+    assert verdict(found, "Ready") == ("False", reason)
+    assert verdict(found, "Degraded") == ("False", "AsExpected")
+    assert verdict(found, "Progressing") == ("True", "RollingOut")
+    assert "lastFailure" not in found
+
+
+def test_all_is_well() -> None:
+    good = pod(engine=RUNNING, predictor=RUNNING, ready=True)
+    found = status(Observation(7, UP, (good,)))
+    assert {item["type"]: item["status"] for item in found["conditions"]} == {
+        "Ready": "True",
+        "SpecValid": "True",
+        "EngineReady": "True",
+        "PredictorReady": "True",
+        "Progressing": "False",
+        "Degraded": "False",
+        "IntegrationsReady": "True",
+    }
+    assert found["observedGeneration"] == 7
+    assert found["selector"] == "serving.alise.dev/service=qwen"
+    fields = root_schema()["properties"]["status"]["properties"]
+    assert found.keys() <= fields.keys()
+
+
+def test_a_dead_predictor_degrades_and_does_not_stop_the_service() -> None:
+    crashed = waiting("CrashLoopBackOff", reason="Error", exitCode=1, message="boom")
+    half = pod(engine=RUNNING, predictor=crashed, ready=True)
+    found = status(Observation(1, UP, (half,)))
+    assert verdict(found, "Ready") == ("True", "AllReplicasReady")
+    assert verdict(found, "EngineReady") == ("True", "EnginesServe")
+    assert verdict(found, "PredictorReady") == ("False", "Crashed")
+    assert verdict(found, "Degraded") == ("True", "Crashed")
+    assert "order of arrival" in message(found, "PredictorReady")
+
+
+def test_a_finished_init_container_is_no_failure() -> None:
+    done = {"reason": "Completed", "exitCode": 0}
+    seed = {"name": "predictor-seed", "state": {"terminated": done}, "ready": True}
+    found = pod(engine=RUNNING, ready=True)
+    assert not failures_of(found)
+    assert not failures_of(pod(engine=RUNNING, initContainerStatuses=[seed]))
+
+
+def test_a_pod_that_is_asked_to_end_has_not_failed() -> None:
+    body = pod(engine=ended(0, "", "Completed"))
+    from dataclasses import replace
+
+    assert failures_of(body)
+    assert not failures_of(replace(body, is_ending=True))
+
+
+def test_one_bad_replica_of_two_is_not_ready() -> None:
+    good = pod("a", engine=RUNNING, predictor=RUNNING, ready=True)
+    bad = pod("b", engine=ended(1, "oops"), predictor=RUNNING)
+    work = WorkloadState(replicas=2, ready=1, updated=2, is_current=True)
+    found = status(Observation(1, work, (good, bad)), replicas=2)
+    assert verdict(found, "Ready") == ("False", "Crashed")
+    assert message(found, "Ready").startswith("1 of 2 replicas serve")
+
+
+def test_an_outdated_workload_is_not_believed() -> None:
+    good = pod(engine=RUNNING, predictor=RUNNING, ready=True)
+    stale = WorkloadState(replicas=1, ready=1, updated=1, is_current=False)
+    assert verdict(status(Observation(2, stale, (good,))), "Ready")[0] == "False"
+
+
+@pytest.mark.parametrize(
+    ("seen", "fields", "ready", "degraded"),
+    [
+        (Observation(1, WorkloadState(is_current=True)), {"replicas": 0}, "ScaledToZero", None),
+        (Observation(1, DOWN, missing=(LWS,)), {}, "LeaderWorkerSetMissing", "install Leader"),
+        (Observation(1, DOWN, missing=(SCALED_OBJECT,)), {}, "PodsPending", None),
+        (Observation(1, DOWN, refused=("Service: no",)), {}, "Refused", "Service: no"),
+        (
+            Observation(1, WorkloadState(refusal="exceeded quota", is_current=True)),
+            {},
+            "PodsRefused",
+            "exceeded quota",
+        ),
+        (
+            Observation(1, WorkloadState(is_stuck=True, is_current=True)),
+            {},
+            "PodsPending",
+            "startupTimeoutSeconds",
+        ),
+    ],
+    ids=["zero", "lws", "keda", "refused", "quota", "stuck"],
+)
+def test_why_there_are_no_pods(
+    seen: Observation, fields: Any, ready: str, degraded: str | None
+) -> None:
+    found = status(seen, **fields)
+    assert verdict(found, "Ready") == ("False", ready)
+    assert (verdict(found, "Degraded")[0] == "True") == (degraded is not None)
+    assert (degraded or "") in message(found, "Degraded")
+
+
+def test_times_change_only_when_a_condition_flips() -> None:
+    starting = Observation(1, DOWN, (pod(engine=LOADING),))
+    first = status(starting)
+    assert status(starting, first, LATER) == first
+    crashed = status(Observation(1, DOWN, (pod(engine=ended(1, "x")),)), first, LATER)
+    times = {item["type"]: item["lastTransitionTime"] for item in crashed["conditions"]}
+    assert times["Ready"] == NOW  # false before and after, for another reason
+    assert times["Degraded"] == LATER
+
+
+def test_events_tell_of_transitions_only() -> None:
+    starting = status(Observation(1, DOWN, (pod(engine=LOADING),)))
+    broken = status(Observation(1, DOWN, (pod(engine=ended(1, "oops")),)), starting)
+    good = pod(engine=RUNNING, predictor=RUNNING, ready=True)
+    healthy = status(Observation(1, UP, (good,)), broken)
+    assert announcements(starting, starting) == []
+    assert [(a.type, a.reason) for a in announcements(starting, broken)] == [("Warning", "Crashed")]
+    assert [(a.type, a.reason) for a in announcements(broken, healthy)] == [
+        ("Normal", "Ready"),
+        ("Normal", "Recovered"),
+    ]
+
+
+def test_an_invalid_spec_leaves_the_other_conditions_alone() -> None:
+    good = pod(engine=RUNNING, predictor=RUNNING, ready=True)
+    before = status(Observation(1, UP, (good,)))
+    after = {"conditions": dated(invalid_spec("spec.replicas: no"), before, LATER, 2)}
+    assert verdict(after, "SpecValid") == ("False", "InvalidSpec")
+    assert verdict(after, "Ready") == ("True", "AllReplicasReady")
+
+
+def test_what_a_deployment_says() -> None:
+    body = {
+        "metadata": {"generation": 3},
+        "status": {
+            "observedGeneration": 3,
+            "replicas": 2,
+            "readyReplicas": 1,
+            "updatedReplicas": 2,
+            "conditions": [
+                {"type": "ReplicaFailure", "status": "True", "message": "quota"},
+                {"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded"},
+            ],
+        },
+    }
+    assert workload_state(body) == WorkloadState(2, 1, 2, True, "quota", True)
+    assert workload_state(None) == WorkloadState()
+    assert not workload_state({"metadata": {"generation": 1}}).is_current
