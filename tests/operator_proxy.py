@@ -87,7 +87,10 @@ class Proxy:
             await web.TCPSite(runner, "127.0.0.1", self.port).start()
             self._started.set()
             await self._stopping.wait()
+            for task in self._streams:
+                task.cancel()
             await runner.cleanup()
+            await asyncio.gather(*self._streams, return_exceptions=True)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         known = parsed(request.method, request.path, dict(request.query))

@@ -221,7 +221,7 @@ def test_upgrade_and_uninstall_keep_all_services(crd: Cluster, tmp_path: Path) -
     for body in crd.items("apis/apiextensions.k8s.io/v1/customresourcedefinitions"):
         if body["metadata"]["name"].endswith(("alise.dev", "kopf.dev")):
             crd.remove_crd(body["metadata"]["name"])
-    installed = helm("install", "alise", str(CHART), *where, "--create-namespace")
+    installed = helm("install", "readme", str(CHART), *where, "--create-namespace")
     assert installed.returncode == 0, installed.stderr
     try:
         minimal = str(ROOT / "examples" / "minimal.yaml")
@@ -231,7 +231,7 @@ def test_upgrade_and_uninstall_keep_all_services(crd: Cluster, tmp_path: Path) -
         assert "created" in applied.stdout
         path = "apis/serving.alise.dev/v1alpha1/namespaces/default/aliseservices/qwen"
         # No kubelet runs the chart's pod here: the same command runs with the same account.
-        account = "api/v1/namespaces/helm-test/serviceaccounts/alise-alise-operator/token"
+        account = "api/v1/namespaces/helm-test/serviceaccounts/readme-alise-operator/token"
         token = crd.create(account, {"kind": "TokenRequest"}).json()["status"]["token"]
         kubeconfig = crd.server.kubeconfig("installed", token)
         with running(OperatorProcess(kubeconfig, tmp_path, "--peering", "alise-operator")):
@@ -248,14 +248,14 @@ def test_upgrade_and_uninstall_keep_all_services(crd: Cluster, tmp_path: Path) -
         shutil.copytree(CHART, newer)
         text = (newer / "Chart.yaml").read_text()
         (newer / "Chart.yaml").write_text(text.replace("version: 0.1.0", "version: 0.1.1", 1))
-        upgraded = helm("upgrade", "alise", str(newer), *where)
+        upgraded = helm("upgrade", "readme", str(newer), *where)
         assert upgraded.returncode == 0, upgraded.stderr
         assert crd.get(path) == before
-        deployment = crd.get("apis/apps/v1/namespaces/helm-test/deployments/alise-alise-operator")
+        deployment = crd.get("apis/apps/v1/namespaces/helm-test/deployments/readme-alise-operator")
         assert deployment is not None
         assert deployment["metadata"]["labels"]["helm.sh/chart"] == "alise-operator-0.1.1"
     finally:
-        removed = helm("uninstall", "alise", *where)
+        removed = helm("uninstall", "readme", *where)
     assert removed.returncode == 0, removed.stderr
     assert crd.get(path) == before  # the CRD is kept, and with it all services
     crd.delete(path)
