@@ -294,8 +294,11 @@ def test_the_store_forgets_only_what_it_knows_by_uid() -> None:
     assert store.services() == []
 
 
+NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
 def peer(priority: int, age_s: float = 0.0) -> dict[str, Any]:
-    seen = datetime.now(timezone.utc) - timedelta(seconds=age_s)
+    seen = NOW - timedelta(seconds=age_s)
     return {"priority": priority, "lifetime": 60, "lastseen": seen.isoformat()}
 
 
@@ -312,7 +315,7 @@ def peer(priority: int, age_s: float = 0.0) -> dict[str, Any]:
     ids=["alone", "lower", "same", "higher", "dead", "self"],
 )
 def test_who_leads(others: dict[str, Any], expected: bool) -> None:
-    assert leads(others, "me", 5, datetime.now(timezone.utc)) is expected
+    assert leads(others, "me", 5, NOW) is expected
 
 
 def test_each_key_is_worked_on_once_at_a_time_and_again_after_news() -> None:
