@@ -66,10 +66,12 @@ def evict_prefix_cache(engine: TierEngine) -> None:
     pool.free_blocks(reversed(blocks))
 
 
-def preempt_one(engine: TierEngine, client: FakeClient, **options: Any) -> tuple[Request, Request]:
+def preempt_one(
+    engine: TierEngine, client: FakeClient, *, prompt_tokens: int = 100, steps: int = 30
+) -> tuple[Request, Request]:
     """Return (a preempted long job, the short one that has its slot)."""
-    (long,) = add(engine, prompt_tokens=100, **options)
-    for _ in range(30):
+    (long,) = add(engine, prompt_tokens=prompt_tokens)
+    for _ in range(steps):
         engine.step()
     rank(client, long, 1000.0, 900)
     (short,) = add(engine, prompt_tokens=20)
@@ -136,13 +138,7 @@ def test_a_lossy_block_never_reaches_another_job(make: Make) -> None:
 def test_nor_does_what_was_computed_with_it(make: Make, prompt_tokens: int) -> None:
     # The device remembers all full blocks: only the last, unfilled one is restored.
     engine, client = make(slots=1)
-    (long,) = add(engine, prompt_tokens=prompt_tokens)
-    for _ in range(5):
-        engine.step()
-    rank(client, long, 1000.0, 900)
-    (short,) = add(engine, prompt_tokens=20)
-    rank(client, short, 0.0, 10)
-    engine.step()
+    long, short = preempt_one(engine, client, prompt_tokens=prompt_tokens, steps=5)
     finish(engine, short)
     for _ in range(40):
         engine.step()

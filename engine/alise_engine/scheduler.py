@@ -96,7 +96,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._unreported_unknown_jobs = 0
         self._steering: TierSteering | None = None
         if self._tier is not None:
-            jobs = JobView(self._key_of, self._remaining_s, self._is_likely_victim)
+            jobs = JobView(self._key_of, self._remaining_s, self._frees_s, self._is_likely_victim)
             self._steering = TierSteering(self, self._tier, jobs)
         self._client = SidecarClient(
             self._settings.address,
@@ -285,9 +285,12 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         blocks = pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
         if now_s < self._no_block_preemption_until_s:
             blocks = pool.num_gpu_blocks
+        return Room(slots=self._free_slots(), blocks=blocks, frees_s=self._frees_s())
+
+    def _frees_s(self) -> list[float]:
+        """Return the expected seconds until each running job ends, ascending, where known."""
         left = (self._remaining_s(request) for request in self.running)
-        frees_s = sorted(seconds for seconds in left if seconds is not None)
-        return Room(slots=self._free_slots(), blocks=blocks, frees_s=frees_s)
+        return sorted(seconds for seconds in left if seconds is not None)
 
     def _remaining_s(self, request: Request) -> float | None:
         tokens = self._jobs[request.request_id].expected_tokens()

@@ -129,8 +129,7 @@ class HostTierManager(OffloadingManager):  # type: ignore[misc]  # vLLM is untyp
         """Drop a job's tail, as it runs again; one that is just being read goes after that."""
         copy = self._copies.get(job_id)
         if copy is not None and copy.tail_tokens is not None and copy.evictable():
-            why = copy.lost
-            self._drop_last(job_id, 1, why)
+            self._drop_last(job_id, 1, copy.lost)
 
     # What vLLM's connector asks.
 

@@ -22,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     OffloadingConnectorScheduler,
+    RequestOffloadState,
     TransferJobStatus,
 )
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -220,11 +221,18 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]  # vLLM
 
     # Stores.
 
+    def _storable(self, request: Request) -> RequestOffloadState | None:
+        """Return vLLM's state of a job; None while it is loaded, which no store may overlap."""
+        status: RequestOffloadState | None = self._req_status.get(request.request_id)
+        if status is None or any(not self._jobs[i].is_store for i in status.transfer_jobs):
+            return None
+        return status
+
     def _store(self, request: Request, end: int, *, is_running: bool) -> dict[int, TransferJob]:
         """Return the job that stores a job's blocks up to the `end`th, as far as there is room."""
         job_id = request.request_id
-        status = self._req_status.get(job_id)
-        if status is None or any(not self._jobs[i].is_store for i in status.transfer_jobs):
+        status = self._storable(request)
+        if status is None:
             return {}
         status.update_offload_keys()
         (state,) = status.group_states
@@ -248,12 +256,11 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]  # vLLM
     def _store_tail(self, request: Request, tokens: int) -> dict[int, TransferJob]:
         """Return the job that stores a job's last block, which `tokens` tokens do not fill."""
         job_id, place = request.request_id, tokens // self.block_tokens
-        status = self._req_status.get(job_id)
+        status = self._storable(request)
         if status is None or tokens % self.block_tokens == 0:
             return {}
         (state,) = status.group_states
-        is_loading = any(not self._jobs[i].is_store for i in status.transfer_jobs)
-        if is_loading or place >= len(state.block_ids):
+        if place >= len(state.block_ids):
             return {}
         if not self.manager.make_room(job_id, 1, is_running=False):
             return {}

@@ -94,15 +94,15 @@ class QuantizedOffloadingSpec(OffloadingSpec):  # type: ignore[misc]  # vLLM is 
         self.settings = settings
         self.layout: SlotLayout | None = None
         self.slots = 0
+        self._dtype = _DTYPES.get(config.model.dtype, torch.int8)
         block_bytes = config.worker_kv_bytes_per_block
         if settings.unsupported is not None or not block_bytes:
             return
-        dtype = _DTYPES.get(config.model.dtype, torch.int8)
         layers = len(config.groups[0].layer_names)
         self.layout = SlotLayout(
             layers=layers,
-            page_elements=block_bytes // layers // dtype.itemsize,
-            element_bytes=dtype.itemsize,
+            page_elements=block_bytes // layers // self._dtype.itemsize,
+            element_bytes=self._dtype.itemsize,
             group=settings.group,
             quantization=settings.quantization,
         )
@@ -124,7 +124,7 @@ class QuantizedOffloadingSpec(OffloadingSpec):  # type: ignore[misc]  # vLLM is 
                 self.tokens_per_block[0],
                 self.settings.quantization.value,
                 self.layout.bytes_per_slot
-                / (self.layout.layers * self.layout.page_elements * self.layout.element_bytes),
+                / (self.layout.block_elements * self.layout.element_bytes),
             )
         return HostTierManager(self.slots)
 
@@ -134,8 +134,7 @@ class QuantizedOffloadingSpec(OffloadingSpec):  # type: ignore[misc]  # vLLM is 
             return _NoWorker()
         refs = kv_caches.group_data_refs[0]
         tensors = [kv_caches.tensors[ref.tensor_idx].tensor for ref in refs]
-        dtype = _DTYPES.get(self.config.model.dtype, torch.int8)
-        pages = stacked(tensors, dtype, self.layout.page_elements)
+        pages = stacked(tensors, self._dtype, self.layout.page_elements)
         return TierWorker(pages, self.layout, self.slots)
 
 

@@ -44,6 +44,8 @@ class JobView:
     key_of: Callable[[Request], OrderKey]
     remaining_s: Callable[[Request], float | None]
     """Expected work left; None when it is unknown."""
+    frees_s: Callable[[], list[float]]
+    """Expected seconds until each running job ends, ascending, where known."""
     is_likely_victim: Callable[[Request], bool]
     """Whether dispatch may preempt it at all."""
 
@@ -75,11 +77,11 @@ class TierSteering:
         return dict(zip((r.request_id for r in queue), self._times(queue), strict=True))
 
     def _times(self, queue: Sequence[Request]) -> list[float]:
-        left = (self._jobs.remaining_s(request) for request in self._scheduler.running)
-        frees_s = sorted(seconds for seconds in left if seconds is not None)
         work = (self._jobs.remaining_s(request) for request in queue)
         slots = self._scheduler.max_num_active_reqs - len(self._scheduler.running)
-        return waiting_times(frees_s, slots, [math.inf if s is None else s for s in work])
+        return waiting_times(
+            self._jobs.frees_s(), slots, [math.inf if s is None else s for s in work]
+        )
 
     def prefetch(self, step_s: float) -> None:
         """Start loading the copies of jobs whose turn is near; with a slot free vLLM does it."""
