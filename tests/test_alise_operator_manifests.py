@@ -365,6 +365,7 @@ def test_an_overlay_wins(base: dict[str, Any], overlay: dict[str, Any]) -> None:
         ([{"name": "x", "v": 1}, {"name": "injected"}], [{"name": "x", "v": 1}], True),
         ([{"name": "y"}], [{"name": "x"}], False),
         (["a", "b"], ["a"], False),
+        ([{"name": "x", "a": 1}, {"name": "x", "a": 2}],) * 2 + (True,),
         (None, {"a": 1}, False),
     ],
 )

@@ -16,7 +16,7 @@ def merged(base: Any, overlay: Any) -> Any:
             result[name] = merged(base[name], value) if name in base else value
         return result
     if isinstance(base, list) and isinstance(overlay, list):
-        key = _key([*base, *overlay])
+        key = _key(base, overlay)
         if key is not None:
             items = {item[key]: item for item in base}
             for item in overlay:
@@ -36,7 +36,7 @@ def contains(live: Any, desired: Any) -> bool:
             return True  # the API server drops empty lists
         if not isinstance(live, list):
             return False
-        key = _key([*desired, *live])
+        key = _key(desired, live)
         if key is not None:
             items = {item[key]: item for item in live}
             return all(contains(items.get(item[key]), item) for item in desired)
@@ -46,11 +46,14 @@ def contains(live: Any, desired: Any) -> bool:
     return bool(live == desired)
 
 
-def _key(items: list[Any]) -> str | None:
+def _key(*lists: list[Any]) -> str | None:
+    """Return the key that every item has and that no two items of one list share, if any."""
+    items = [item for items in lists for item in items]
     if not items or not all(isinstance(item, dict) for item in items):
         return None
     for key in _KEYS:
-        values = [item.get(key) for item in items]
-        if all(isinstance(value, (str, int)) for value in values):
+        if all(isinstance(item.get(key), (str, int)) for item in items) and all(
+            len({item[key] for item in items}) == len(items) for items in lists
+        ):
             return key
     return None
