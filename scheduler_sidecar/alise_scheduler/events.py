@@ -58,6 +58,10 @@ class Finished:
     reason: FinishReason
     output_tokens: int
     new_token_ids: Sequence[int]
+    finish_s: float = 0.0
+    """0: not told."""
+    first_token_s: float = 0.0
+    """Since the arrival; 0: there was no token."""
 
 
 @dataclass(frozen=True, slots=True)

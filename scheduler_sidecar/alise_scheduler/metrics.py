@@ -110,6 +110,15 @@ class Metrics:
             self.events.labels(result).inc(count)
         tally.clear()
 
+    def finished_jobs(self) -> int:
+        """Return how many jobs have ended."""
+        samples = (s for family in self.finished.collect() for s in family.samples)
+        return int(sum(s.value for s in samples if s.name.endswith("_total")))
+
+    def preempted_jobs(self) -> int:
+        """Return how many times a job has lost its slot."""
+        return int(self.registry.get_sample_value("alise_preemptions_total") or 0)
+
     def show_engines(self, engines: Iterable[tuple[str, EngineState]], sessions: int) -> None:
         """Set the gauges that describe the engines now."""
         states: Tally[str] = Tally()
