@@ -120,7 +120,10 @@ class _Handler(WSGIRequestHandler):
 def _parameters(query: str) -> dict[str, str]:
     if len(query) > _MAX_QUERY_CHARS:
         raise QueryError(f"the query has {len(query)} characters; allowed are {_MAX_QUERY_CHARS}")
-    return dict(parse_qsl(query, keep_blank_values=True, max_num_fields=8))
+    try:
+        return dict(parse_qsl(query, keep_blank_values=True, max_num_fields=8))
+    except ValueError as error:
+        raise QueryError("the query has more than 8 parameters") from error
 
 
 def _send(
