@@ -74,9 +74,9 @@ def test_it_follows_the_queue(page: Any, tmp_path: Path) -> None:
             progress("short", 2, new=2),
         )
         expect(page, "#rows tr:nth-child(1)", "short")
-        expect(page, "#rows tr:nth-child(1)", "▲ passes 1")
+        expect(page, "#rows tr:nth-child(1)", "▲ 1")
         expect(page, "#rows tr:nth-child(2)", "<b>long</b>")  # as text
-        expect(page, "#rows tr:nth-child(2)", "▼ passed by 1 short")
+        expect(page, "#rows tr:nth-child(2)", "passed by 1 that came later: short")
         expect(page, "#running", "1 of 2 slots")
         assert "predicted 450 to 1800, median 900" in page.locator(
             "#rows tr:nth-child(2) .track"

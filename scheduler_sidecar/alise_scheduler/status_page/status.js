@@ -60,24 +60,31 @@ function bar(job, longest) {
   return track;
 }
 
+function chip(className, text, said) {
+  const made = element("span", `chip ${className}`, text);
+  made.title = said;
+  made.append(element("span", "unseen", ` (${said})`));
+  return made;
+}
+
 function order(job) {
   const cell = element("td", "order");
-  if (job.overtakes) cell.append(element("span", "chip good", `▲ passes ${number(job.overtakes)}`));
+  if (job.overtakes) cell.append(chip("good", `▲ ${number(job.overtakes)}`, `ahead of ${number(job.overtakes)} that came earlier`));
   if (job.overtaken) {
-    const rest = job.overtaken - job.overtaken_by.length;
-    const names = job.overtaken_by.join(", ") + (rest > 0 && job.overtaken_by.length ? ", …" : "");
-    const chip = element("span", "chip", `▼ passed by ${number(job.overtaken)}`);
-    if (names) chip.append(element("span", "dim id", ` ${names}`));
-    else chip.append(element("span", "dim", " that have ended"));
-    cell.append(chip);
+    const names = job.overtaken_by;
+    const some = names.length ? `: ${names.join(", ")}${job.overtaken > names.length ? ", …" : ""}` : ", all of them done";
+    cell.append(chip("", `▼ ${number(job.overtaken)}`, `passed by ${number(job.overtaken)} that came later${some}`));
+    // The first name is enough to look for; all that are known are a hover away.
+    if (names.length) cell.append(element("span", "dim id", names[0]));
   }
-  if (job.preemptions) cell.append(element("span", "chip state preempted", `preempted ${job.preemptions}×`));
   return cell;
 }
 
 function row(job, longest) {
   const name = element("td", "", element("span", "id", job.id));
-  name.append(element("span", `state ${job.state}`, job.state));
+  const times = job.preemptions ? ` ${job.preemptions}×` : "";
+  if (job.state === "preempted") name.append(element("span", "state preempted", `preempted${times}`));
+  else name.append(element("span", `state ${job.state}`, job.state), element("span", "dim", times && ` after ${job.preemptions} preemptions`));
   const median = job.p50_tokens === null ? "" : ` / ~${number(job.p50_tokens)}`;
   const tokens = element("span", "", number(job.output_tokens), element("span", "dim", median));
   return element(
