@@ -23,7 +23,11 @@ PACE = Pace(now_s=100.0, slots=2, rates=ServiceRates(0.0, 0.1), mean_service_s=5
 
 
 def facts(
-    job_id: str, arrival_s: float, priority: float, state: str = "waiting", left: float | None = 10.0
+    job_id: str,
+    arrival_s: float,
+    priority: float,
+    state: str = "waiting",
+    left: float | None = 10.0,
 ) -> JobFacts:
     return JobFacts(job_id, state, arrival_s, 8, 0, 0, priority, left, None)
 
@@ -62,9 +66,7 @@ def test_a_job_without_an_estimate_counts_as_a_mean_one_or_nothing_is_said() -> 
 
 @given(
     st.lists(
-        st.tuples(
-            st.integers(0, 5), st.integers(-5, 5), st.sampled_from(["running", "waiting"])
-        ),
+        st.tuples(st.integers(0, 5), st.integers(-5, 5), st.sampled_from(["running", "waiting"])),
         max_size=30,
     )
 )
@@ -137,9 +139,11 @@ def test_the_document_follows_the_engine(tmp_path: Path) -> None:
             progress("short", 2, new=2),
         )
         found = eventually(
-            lambda: (d := document(engine))["jobs"]["running"] == 1
-            and d["jobs"]["rows"][1]["p50_tokens"]
-            and d
+            lambda: (
+                (d := document(engine))["jobs"]["running"] == 1
+                and d["jobs"]["rows"][1]["p50_tokens"]
+                and d
+            )
         )
         short, long = found["jobs"]["rows"]
         assert (short["id"], short["state"], short["place"]) == ("short", "running", None)

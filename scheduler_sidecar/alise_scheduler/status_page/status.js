@@ -117,7 +117,7 @@ function showJobs(jobs, hasEngine) {
   $("empty").hidden = jobs.rows.length > 0;
   show("empty", total ? "No job matches." : hasEngine ? "No jobs: the engine is idle." : "No engine is connected.");
   const last = jobs.offset + jobs.rows.length;
-  show("range", jobs.rows.length ? `${number(jobs.offset + 1)}–${number(last)} of ${number(jobs.matching)}` : "");
+  show("range", jobs.rows.length ? `${number(jobs.offset + 1)} to ${number(last)} of ${number(jobs.matching)}` : "");
   $("previous").disabled = jobs.offset === 0;
   $("next").disabled = last >= jobs.matching;
 }
