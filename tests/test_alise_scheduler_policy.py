@@ -6,6 +6,7 @@ import math
 
 import pytest
 from alise_scheduler.policy import (
+    PREDICTION_FREE,
     JobView,
     Policy,
     PolicyParameters,
@@ -39,7 +40,7 @@ def test_every_priority_is_finite_so_that_the_order_is_total(policy, job, tunabl
 
 
 @given(
-    policy=st.sampled_from([p for p in Policy if p is not Policy.MLFQ]),
+    policy=st.sampled_from([p for p in Policy if p not in PREDICTION_FREE]),
     arrivals=st.lists(seconds, min_size=2, unique=True),
     tunables=parameters,
 )

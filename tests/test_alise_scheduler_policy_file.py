@@ -40,7 +40,7 @@ def test_what_a_file_may_say(text: str, expected: PolicySettings) -> None:
         ("", "not JSON"),
         ("[]", "allowed is an object of aging_s, gamma, policy"),
         ('{"gama": 1}', "not gama"),
-        ('{"policy": "best"}', "allowed are boost, srtf"),
+        ('{"policy": "best"}', "allowed are boost, boost-attained, srtf"),
         ('{"gamma": 0}', "gamma 0: allowed"),
         ('{"gamma": true}', "gamma True: allowed"),
         ('{"aging_s": NaN}', "aging_s nan: allowed"),

@@ -66,6 +66,8 @@ class PolicySettings:
     aging_s: float = 30.0
     true_tokens_of: Callable[[PromptInput], int | None] = lambda _: None
     """The oracle of benchmarks and tests."""
+    first_tokens: int = 0
+    """Until so many tokens of its answer are out, a job goes before all that have theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,8 @@ class EngineState:
         parameters = replace(parameters, aging_s=self.settings.aging_s)
         if self.settings.gamma_per_s is not None:
             parameters = replace(parameters, gamma_per_s=self.settings.gamma_per_s)
-        self.pricing = Pricing(self.settings.policy, parameters, self.cost_model.rates())
+        rates = self.cost_model.rates()
+        self.pricing = Pricing(self.settings.policy, parameters, rates, self.settings.first_tokens)
 
     def _remember(self, ended: Ended) -> None:
         job, event = ended.job, ended.event
