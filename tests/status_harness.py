@@ -34,12 +34,17 @@ class MadeUpEngine:
     def now_s(self) -> float:
         return 1000.0 + time.monotonic() - self._began_s
 
-    def connect(self, slots: int = 4) -> None:
+    def connect(self, slots: int = 4, kv_tokens: int = 0) -> None:
         async def connect() -> None:
             self._channel = grpc.aio.insecure_channel(self._target)
             self.stream = EngineStream(self._channel)
             greeting = pb.Hello(
-                protocol_version=1, engine_id="engine-1", model="tiny", max_num_seqs=slots
+                protocol_version=1,
+                engine_id="engine-1",
+                model="tiny",
+                max_num_seqs=slots,
+                kv_tokens=kv_tokens,
+                block_tokens=16,
             )
             await self.stream.send(pb.Event(hello=greeting), snapshot())
             await self.stream.read()

@@ -77,6 +77,11 @@ class Introduction:
     model: str = ""
     slots: int = 0
     """Jobs that can run at once; 0: not told."""
+    kv_tokens: int = 0
+    """KV cache, tokens; 0: not told."""
+    block_tokens: int = 0
+    batched_tokens: int = 0
+    """Of one step at most; 0: not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,9 @@ class EngineState:
     """The newest jobs that ended, in the order in which they did."""
     clock_ahead_s: float = 0.0
     """The engine's clock minus ours, as of the newest message: off by what that was under way."""
+    heard_s: float = 0.0
+    """When the newest message was sent, on the engine's clock."""
+    _ended: list[PastJob] = field(default_factory=list)
     _finished: MeanTokens = field(default_factory=MeanTokens)
     _predicted: MeanTokens = field(default_factory=MeanTokens)
     _model_version: int = 0
@@ -130,7 +138,12 @@ class EngineState:
 
     def hear(self, sent_s: float, now_s: float) -> None:
         """Note when a message was sent (engine's clock) and received (ours)."""
-        self.clock_ahead_s = sent_s - now_s
+        self.clock_ahead_s, self.heard_s = sent_s - now_s, sent_s
+
+    def take_ended(self) -> list[PastJob]:
+        """Return the jobs that ended since the last call, as far as they are remembered."""
+        taken, self._ended = self._ended, []
+        return taken
 
     @property
     def mean_service_s(self) -> float | None:
@@ -178,15 +191,16 @@ class EngineState:
 
     def _remember(self, ended: Ended) -> None:
         job, event = ended.job, ended.event
-        self.history.append(
-            PastJob(
-                arrival_s=job.arrival_s,
-                prompt_tokens=job.prompt_tokens,
-                output_tokens=job.output_tokens,
-                finish_s=event.finish_s,
-                is_complete=event.reason in (FinishReason.STOP, FinishReason.LENGTH),
-            )
+        past = PastJob(
+            arrival_s=job.arrival_s,
+            computed_prompt_tokens=max(job.prompt_tokens - event.cached_prompt_tokens, 1),
+            output_tokens=job.output_tokens,
+            finish_s=event.finish_s,
+            is_complete=event.reason in (FinishReason.STOP, FinishReason.LENGTH),
         )
+        self.history.append(past)
+        if len(self._ended) < HISTORY_JOBS:  # else nobody asks
+            self._ended.append(past)
 
     def _learn(self, ended: Ended) -> None:
         reason, job = ended.event.reason, ended.job

@@ -17,7 +17,8 @@ class PastJob:
     """A job that has ended."""
 
     arrival_s: float
-    prompt_tokens: int
+    computed_prompt_tokens: int
+    """Of its prompt, those that the prefix cache did not have; at least 1."""
     output_tokens: int
     finish_s: float
     """0: the engine did not tell."""

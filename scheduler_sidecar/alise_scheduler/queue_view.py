@@ -15,8 +15,9 @@ from itertools import islice, takewhile
 from typing import Final
 
 from alise_scheduler.cost_model import ServiceRates
+from alise_scheduler.estimates import remaining_tokens
 from alise_scheduler.jobs import Job
-from alise_scheduler.lengths import QUANTILE_LEVELS
+from alise_scheduler.lengths import QUANTILE_LEVELS, mean
 from alise_scheduler.waiting import waiting_times
 
 _NAMED_OVERTAKERS: Final = 3
@@ -38,7 +39,7 @@ class JobFacts:
     priority: float
     """As the engine knows it: its arrival before there is an estimate."""
     remaining_tokens: float | None
-    """As the engine knows it; None without an estimate."""
+    """Of the answer, expected; None without a prediction."""
     length_tokens: tuple[float, float, float] | None
     """p10, p50 and p90 of the answer's whole length."""
 
@@ -84,11 +85,8 @@ def short_id(job_id: str) -> str:
 
 
 def facts_of(job: Job) -> JobFacts:
-    """Copy what is shown of `job`; some microseconds."""
-    sent = job.sent
-    remaining = None
-    if sent is not None and sent.remaining_tokens:
-        remaining = max(sent.remaining_tokens - (job.output_tokens - sent.at_output_tokens), 1.0)
+    """Copy what is shown of `job`; some 10 microseconds."""
+    left_tokens = remaining_tokens(job)
     return JobFacts(
         job_id=job.job_id,
         state=job.state,
@@ -96,8 +94,8 @@ def facts_of(job: Job) -> JobFacts:
         prompt_tokens=job.prompt_tokens,
         output_tokens=job.output_tokens,
         preemptions=job.preemptions,
-        priority=job.arrival_s if sent is None else sent.priority,
-        remaining_tokens=remaining,
+        priority=job.arrival_s if job.sent is None else job.sent.priority,
+        remaining_tokens=mean(left_tokens) if left_tokens else None,
         length_tokens=_length(job),
     )
 

@@ -26,6 +26,7 @@ from alise_scheduler.metrics import Metrics
 from alise_scheduler.policy_file import POLL_S, PolicyFile
 from alise_scheduler.predictor import Predictor
 from alise_scheduler.service import SchedulerService
+from alise_scheduler.shadow_runner import ShadowRunner
 from alise_scheduler.status_source import StatusSource
 from alise_scheduler.v1 import scheduler_pb2_grpc
 
@@ -105,10 +106,13 @@ async def running(
     names = (protocol.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     target = _bind(server, settings)
-    source = StatusSource(asyncio.get_running_loop(), service, engines, predictor, metrics)
+    shadow = ShadowRunner()
+    loop = asyncio.get_running_loop()
+    source = StatusSource(loop, service, engines, predictor, metrics, shadow)
     page = _start_page(settings, metrics, source)
     predictor.start()
-    background = [asyncio.create_task(_follow(metrics, engines, predictor))]
+    shadow.start()
+    background = [asyncio.create_task(_follow(metrics, engines, predictor, shadow))]
     if settings.policy_file is not None:
         background.append(asyncio.create_task(_follow_policy(policy_file, engines, service)))
     try:
@@ -123,6 +127,7 @@ async def running(
         await server.stop(_STOP_GRACE_S)
         for task in background:
             task.cancel()
+        shadow.close()
         predictor.close()
         if page is not None:
             page.close()
@@ -185,8 +190,12 @@ def _start_page(
         ) from error
 
 
-async def _follow(metrics: Metrics, engines: Engines, predictor: Predictor) -> None:
+async def _follow(
+    metrics: Metrics, engines: Engines, predictor: Predictor, shadow: ShadowRunner
+) -> None:
     while True:
+        shadow.feed(engines)
+        metrics.show_shadow(shadow.ratios)
         metrics.show_engines(engines, engines.connected)
         metrics.show_predictor(predictor, predictor.quality())
         await asyncio.sleep(_GAUGES_PERIOD_S)

@@ -110,7 +110,13 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         rest: AsyncIterator[pb.EngineMessage],
         context: Any,
     ) -> None:
-        connection.state.introduction = Introduction(hello.model, hello.max_num_seqs)
+        connection.state.introduction = Introduction(
+            model=hello.model,
+            slots=hello.max_num_seqs,
+            kv_tokens=hello.kv_tokens,
+            block_tokens=hello.block_tokens,
+            batched_tokens=hello.max_num_batched_tokens,
+        )
         self._load_token_table(hello.token_table_file)
         stream = Stream(connection.state, self.metrics, context.write)
         await stream.welcome(

@@ -14,6 +14,7 @@ from typing import Any, Final
 from alise_scheduler.cost_model import StepCost
 from alise_scheduler.predictor import Quality
 from alise_scheduler.queue_view import JobFacts, JobRow, Pace, overtakers, rows, short_id
+from alise_scheduler.shadow import Ratios
 
 STATES: Final = ("running", "waiting", "preempted")
 MAX_PAGE_JOBS: Final = 500
@@ -92,6 +93,7 @@ class Facts:
     finished: int
     preemptions: int
     """Both since the sidecar started."""
+    shadow: Ratios | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ class Status:
                 for engine, engine_rows in zip(facts.engines, self.rows, strict=True)
             ],
             "predictor": _predictor(facts.predictor),
+            "shadow": _shadow(facts.shadow),
             "since_start": {"finished": facts.finished, "preemptions": facts.preemptions},
             "jobs": {
                 **_count(row for engine_rows in self.rows for row in engine_rows),
@@ -165,6 +168,17 @@ def _predictor(predictor: PredictorFacts) -> dict[str, Any]:
         "p50_coverage": _rounded(quality.p50_coverage, 3),
         "p90_coverage": _rounded(quality.p90_coverage, 3),
         "is_drifting": bool(quality.is_drifting),
+    }
+
+
+def _shadow(ratios: Ratios | None) -> dict[str, Any] | None:
+    if ratios is None:
+        return None
+    return {
+        "jobs": ratios.jobs,
+        "mean_normalized_latency_ratio": _rounded(ratios.mean_normalized_latency, 3),
+        "mean_jct_ratio": _rounded(ratios.mean_jct, 3),
+        "p99_jct_ratio": _rounded(ratios.p99_jct, 3),
     }
 
 

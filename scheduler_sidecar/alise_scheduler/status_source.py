@@ -19,12 +19,13 @@ from alise_scheduler.metrics import Metrics
 from alise_scheduler.predictor import Predictor
 from alise_scheduler.queue_view import JobFacts, Pace, facts_of
 from alise_scheduler.service import SchedulerService
+from alise_scheduler.shadow_runner import ShadowRunner
 from alise_scheduler.status import EngineFacts, Facts, PredictorFacts, Status
 from alise_scheduler.version import package_version
 
 _FRESH_S: Final = 0.5
 _PATIENCE_S: Final = 5.0
-_JOBS_PER_TURN: Final = 200
+_JOBS_PER_TURN: Final = 100
 
 
 class BusyError(Exception):
@@ -40,6 +41,7 @@ class StatusSource:
     engines: Engines
     predictor: Predictor
     metrics: Metrics
+    shadow: ShadowRunner
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _newest: Status | None = None
     _made_s: float = 0.0
@@ -71,6 +73,7 @@ class StatusSource:
             ),
             finished=self.metrics.finished_jobs(),
             preemptions=self.metrics.preempted_jobs(),
+            shadow=self.shadow.ratios,
         )
 
     async def _engine(self, engine_id: str, state: EngineState) -> EngineFacts:

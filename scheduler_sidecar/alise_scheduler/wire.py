@@ -164,6 +164,7 @@ def _finished(event: pb.JobFinished) -> Finished:
         new_token_ids=_new_token_ids(event.new_token_ids),
         finish_s=_finite("JobFinished.finish_s", event.finish_s),
         first_token_s=_finite("JobFinished.first_token_s", event.first_token_s),
+        cached_prompt_tokens=event.cached_prompt_tokens,
     )
 
 
