@@ -37,6 +37,7 @@ _DEFAULT_MODEL_OPTIONS = {
     "--max-model-len": ["2048"],
     "--max-num-seqs": ["16"],
 }
+ESTIMATE_HEADERS = "alise_engine.estimate_headers.EstimateHeaders"
 _RESERVED = ("--scheduler-cls",)
 
 logger = logging.getLogger("alise.serve")
@@ -152,6 +153,15 @@ def serve(
             help="After SIGTERM, answers in progress get this long to end.",
         ),
     ] = 30,
+    estimate_headers: Annotated[
+        bool,
+        typer.Option(
+            "--alise-estimate-headers",
+            envvar="ALISE_ESTIMATE_HEADERS",
+            help="Requests with the header `x-alise-estimate: 1` get the predicted length and the "
+            "estimated time to finish in `x-alise-*` headers.",
+        ),
+    ] = False,
     oracle_file: Annotated[
         Path | None,
         typer.Option(
@@ -176,6 +186,8 @@ def serve(
     if not has_option(vllm_arguments, "--scheduling-policy"):
         # A request's own `priority` then means a class above our order; all 0 without one.
         vllm_arguments += ["--scheduling-policy", "priority"]
+    if estimate_headers:
+        vllm_arguments += ["--middleware", ESTIMATE_HEADERS]
     vllm_arguments += _kv_tier_arguments(vllm_arguments, kv_host_gib, kv_quantization)
     with tempfile.TemporaryDirectory(prefix="alise-") as temporary:
         run_dir = shared_dir or Path(temporary)

@@ -155,6 +155,21 @@ def overtakers(row: JobRow, engine_rows: Iterable[JobRow]) -> tuple[str, ...]:
     return tuple(islice(later, _NAMED_OVERTAKERS))
 
 
+def wait_before_s(priority: float, engine_rows: Iterable[JobRow], pace: Pace) -> float | None:
+    """Return the EWT of a job that came now with this priority, if it preempts nobody.
+
+    None if nothing is known of the lengths before it.
+    """
+    facts = [row.facts for row in engine_rows]
+    running = [job for job in facts if job.state == "running"]
+    queue = [job for job in facts if job.state != "running"]
+    if not queue and len(running) < pace.slots:
+        return 0.0
+    ahead = [job for job in queue if job.priority <= priority]
+    newcomer = JobFacts("", "waiting", pace.now_s, 0, 0, 0, priority, 1.0, None)
+    return _waits_s(running, [*ahead, newcomer], pace)[-1]
+
+
 def _waits_s(
     running: Sequence[JobFacts], queue: Sequence[JobFacts], pace: Pace
 ) -> list[float | None]:

@@ -96,8 +96,23 @@ async def running(
     policy_file = PolicyFile(settings.policy_file, settings.policy)
     policy_file.refresh()
     engines = Engines(lambda: EngineState(measured, policy_file.settings), settings.grace_s)
+    shadow = ShadowRunner()
+    source = StatusSource(
+        loop=asyncio.get_running_loop(),
+        policy=lambda: policy_file.settings.policy,
+        engines=engines,
+        predictor=predictor,
+        metrics=metrics,
+        shadow=shadow,
+    )
     service = SchedulerService(
-        measured, engines, metrics, policy_file.settings.policy, settings.shared_dir, stopping
+        measured,
+        engines,
+        metrics,
+        policy_file.settings.policy,
+        settings.shared_dir,
+        stopping,
+        source.status,
     )
     server = grpc.aio.server(options=_OPTIONS)
     health_servicer = health.aio.HealthServicer()
@@ -106,9 +121,6 @@ async def running(
     names = (protocol.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     target = _bind(server, settings)
-    shadow = ShadowRunner()
-    loop = asyncio.get_running_loop()
-    source = StatusSource(loop, service, engines, predictor, metrics, shadow)
     page = _start_page(settings, metrics, source)
     predictor.start()
     shadow.start()

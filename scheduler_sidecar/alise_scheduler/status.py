@@ -12,8 +12,19 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from alise_scheduler.cost_model import StepCost
-from alise_scheduler.predictor import Quality
-from alise_scheduler.queue_view import JobFacts, JobRow, Pace, overtakers, rows, short_id
+from alise_scheduler.estimates import Pricing
+from alise_scheduler.lengths import Quantiles, mean, remaining_after
+from alise_scheduler.policy import JobView, priority
+from alise_scheduler.predictor import PromptInput, Quality
+from alise_scheduler.queue_view import (
+    JobFacts,
+    JobRow,
+    Pace,
+    overtakers,
+    rows,
+    short_id,
+    wait_before_s,
+)
 from alise_scheduler.shadow import Ratios
 
 STATES: Final = ("running", "waiting", "preempted")
@@ -66,7 +77,7 @@ class EngineFacts:
     model: str
     is_connected: bool
     pace: Pace
-    gamma_per_s: float
+    pricing: Pricing
     cost: StepCost
     jobs: Sequence[JobFacts]
     ended_arrivals_s: Sequence[float]
@@ -97,6 +108,15 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
+class Times:
+    """What a job has before it, seconds."""
+
+    wait_s: float
+    service_s: float
+    """Its own time once it has a slot, at the present load."""
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """Facts, and the queues worked out of them: any number of pages are cut from one."""
 
@@ -108,6 +128,18 @@ class Status:
     def of(cls, facts: Facts) -> Status:
         """Work out the queues; some 10 microseconds a job."""
         return cls(facts, [rows(e.jobs, e.ended_arrivals_s, e.pace) for e in facts.engines])
+
+    def times_of(self, prompt: PromptInput, quantiles: Quantiles) -> Times | None:
+        """Say what would meet a job of this predicted length that came now.
+
+        At the engine where it would have a slot soonest; None if that cannot be said.
+        """
+        times = [
+            _times_at(engine, engine_rows, prompt, quantiles)
+            for engine, engine_rows in zip(self.facts.engines, self.rows, strict=True)
+            if engine.is_connected
+        ]
+        return min((t for t in times if t is not None), key=lambda t: t.wait_s, default=None)
 
     def document(self, query: Query) -> dict[str, Any]:
         """Return the document with one page of jobs."""
@@ -138,6 +170,19 @@ class Status:
         }
 
 
+def _times_at(
+    engine: EngineFacts, engine_rows: Sequence[JobRow], prompt: PromptInput, quantiles: Quantiles
+) -> Times | None:
+    points = remaining_after(quantiles, 0)
+    rates = engine.pricing.rates
+    prefill_s = rates.service_s(prompt.prompt_tokens, 0)
+    work_s = tuple(prefill_s + tokens * rates.decode_s_per_token for tokens in points)
+    view = JobView(engine.pace.now_s, work_s, 0.0, prefill_s)
+    place = priority(engine.pricing.policy, view, engine.pricing.parameters)
+    wait_s = wait_before_s(place, engine_rows, engine.pace)
+    return None if wait_s is None else Times(wait_s, mean(work_s))
+
+
 def _engine(engine: EngineFacts, engine_rows: Sequence[JobRow]) -> dict[str, Any]:
     queue = [row for row in engine_rows if row.place is not None]
     return {
@@ -148,7 +193,7 @@ def _engine(engine: EngineFacts, engine_rows: Sequence[JobRow]) -> dict[str, Any
         **_count(engine_rows),
         "backlog_s": _rounded(sum(row.remaining_s or 0.0 for row in queue)),
         "longest_wait_s": _rounded(max((row.age_s for row in queue), default=0.0)),
-        "gamma_per_s": _rounded(engine.gamma_per_s, 6),
+        "gamma_per_s": _rounded(engine.pricing.parameters.gamma_per_s, 6),
         "prefill_s_per_token": _rounded(engine.pace.rates.prefill_s_per_token, 9),
         "decode_s_per_token": _rounded(engine.pace.rates.decode_s_per_token, 9),
         "step_base_s": _rounded(engine.cost.base_s, 6),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Final
@@ -16,9 +17,9 @@ from typing import Final
 from alise_scheduler.engine_state import EngineState
 from alise_scheduler.engines import Engines
 from alise_scheduler.metrics import Metrics
+from alise_scheduler.policy import Policy
 from alise_scheduler.predictor import Predictor
 from alise_scheduler.queue_view import JobFacts, Pace, facts_of
-from alise_scheduler.service import SchedulerService
 from alise_scheduler.shadow_runner import ShadowRunner
 from alise_scheduler.status import EngineFacts, Facts, PredictorFacts, Status
 from alise_scheduler.version import package_version
@@ -37,7 +38,7 @@ class StatusSource:
     """Makes statuses for other threads than the event loop's."""
 
     loop: asyncio.AbstractEventLoop
-    service: SchedulerService
+    policy: Callable[[], Policy]
     engines: Engines
     predictor: Predictor
     metrics: Metrics
@@ -63,7 +64,7 @@ class StatusSource:
         predictor = self.predictor
         return Facts(
             version=package_version(),
-            policy=self.service.policy.value,
+            policy=self.policy().value,
             engines=[await self._engine(name, state) for name, state in self.engines],
             predictor=PredictorFacts(
                 model_version=predictor.model_version,
@@ -92,7 +93,7 @@ class StatusSource:
                 rates=state.pricing.rates,
                 mean_service_s=state.mean_service_s,
             ),
-            gamma_per_s=state.pricing.parameters.gamma_per_s,
+            pricing=state.pricing,
             cost=state.cost_model.cost,
             jobs=facts,
             ended_arrivals_s=[job.arrival_s for job in state.history],

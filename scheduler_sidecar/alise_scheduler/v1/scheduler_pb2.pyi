@@ -57,7 +57,7 @@ class PredictRequest(_message.Message):
     PROMPTS_FIELD_NUMBER: _builtins.int
     WITH_TIMES_FIELD_NUMBER: _builtins.int
     with_times: _builtins.bool
-    """Also say how long each would wait and run if it came now."""
+    """Also say how long each would wait and run if it came now; then at most 16 prompts."""
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prompt]:
         """At most 1,024 prompts."""
