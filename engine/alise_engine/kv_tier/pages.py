@@ -61,9 +61,7 @@ def stacked(caches: Sequence[torch.Tensor], block_tokens: int) -> torch.Tensor:
             "--alise-kv-host-gib 0"
         )
     one = first.unflatten(0, (-1, block_tokens // first.shape[2]))
-    return one.as_strided(
-        (len(caches), *one.shape), (step // first.element_size(), *one.stride())
-    )
+    return one.as_strided((len(caches), *one.shape), (step // first.element_size(), *one.stride()))
 
 
 def gpu_pages(cache: torch.Tensor, head_size: int) -> KvPages:

@@ -125,17 +125,13 @@ class TierWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM is untyped to 
 
     # Copies.
 
-    def _store(
-        self, blocks: Sequence[int], transfer: _Transfer, tail_tokens: int | None
-    ) -> None:
+    def _store(self, blocks: Sequence[int], transfer: _Transfer, tail_tokens: int | None) -> None:
         self._stores += 1
         rows = self._memory.rows
         if not self._is_cuda:
             for place, (block, slot) in enumerate(zip(blocks, transfer.slots, strict=True)):
                 is_last = place == len(blocks) - 1
-                self._codec.encode(
-                    [block], rows[slot : slot + 1], tail_tokens if is_last else None
-                )
+                self._codec.encode([block], rows[slot : slot + 1], tail_tokens if is_last else None)
         else:
             for start in range(0, len(blocks), STAGING_SLOTS):
                 part = blocks[start : start + STAGING_SLOTS]
