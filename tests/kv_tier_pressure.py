@@ -21,7 +21,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its scheduler is
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # in one process vLLM takes 1
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more wait for each other where cores are busy
 os.environ["ALISE_SCHEDULER"] = "unix:///nobody.sock"
 
 from alise_bench.dataset import load_dataset, packaged_dataset, tokenize
