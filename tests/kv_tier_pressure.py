@@ -28,8 +28,7 @@ from alise_bench.dataset import load_dataset, packaged_dataset, tokenize
 from alise_engine import metrics
 from alise_engine import scheduler as plugin
 from alise_engine.client import Estimate
-from alise_engine.default_model import ensure_default_model
-from alise_engine.default_model import has_fast_bfloat16
+from alise_engine.default_model import ensure_default_model, has_fast_bfloat16
 from alise_engine.kv_tier import metrics as tier_metrics
 from alise_engine.kv_tier.layout import Quantization
 from alise_engine.launcher import kv_transfer_config
