@@ -38,8 +38,9 @@ _WARMUP_STEPS: Final = 20
 _ROUND_STEPS: Final = 32
 _TOKEN_IDS: Final = (1000, 20_000)
 _LONG_TOKENS: Final = 3000.0
-_SHORT_TOKENS: Final = 10.0
-"""Expected of a job that keeps its slot: so near its end, nothing is stored ahead for it."""
+_SHORT_TOKENS: Final = 75.0
+"""Expected of a job that keeps its slot: too near its end for storing it ahead, and too far from it
+for loading the other one already."""
 
 
 @dataclass(frozen=True, slots=True)
