@@ -205,6 +205,9 @@ def kv_copies(
     layers: Annotated[int, typer.Option(min=1)] = 30,
     kv_heads: Annotated[int, typer.Option(min=1)] = 3,
     head_size: Annotated[int, typer.Option(min=1)] = 64,
+    block: Annotated[
+        int, typer.Option(min=16, max=512, help="Tokens of a block; vLLM's default on CPUs.")
+    ] = 128,
     out: Annotated[Path | None, typer.Option(help="JSON file to write, too.")] = None,
 ) -> None:
     """Time the KV tier's copies against plain ones (default: SmolLM2-135M's KV cache)."""
@@ -213,7 +216,7 @@ def kv_copies(
     from alise_bench.kv_copies import KvShape, measure_copies
 
     shape = KvShape(layers, kv_heads, head_size)
-    rows = [measure_copies(shape, quantization) for quantization in Quantization]
+    rows = [measure_copies(shape, quantization, block) for quantization in Quantization]
     table = Table(title="512 tokens of bfloat16 KV, one thread, ms (x plain)", title_justify="left")
     for name in ("kept as", "bytes/token", "of bfloat16", "plain copy", "store", "load"):
         table.add_column(name, justify="right")
