@@ -209,6 +209,8 @@ def run(requests: int) -> dict[str, Any]:
     settle(engine)
     held_after = held()
     poor = {name: poor_tokens(engine, prompts[int(name)], a) for name, a in answers.items()}
+    first, second = sorted(answers)[:2]
+    mixed_up = poor_tokens(engine, prompts[int(first)], answers[second])
     restored = {name.partition("-")[0] for name in restored}
     return {
         "requests": requests,
@@ -228,6 +230,7 @@ def run(requests: int) -> dict[str, Any]:
         "poor_tokens": sum(poor.values()),
         "tokens_of_restored": sum(len(a) for n, a in answers.items() if n in restored),
         "poor_tokens_of_restored": sum(poor[n] for n in poor if n in restored),
+        "poor_share_of_another_answer": mixed_up / len(answers[second]),
         "worst_answer": max(poor[name] / len(answers[name]) for name in poor),
     }
 

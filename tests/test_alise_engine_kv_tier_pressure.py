@@ -1,6 +1,6 @@
 """The KV tier in a real engine that preempts all the time, with aborts and faults; no leak, no end.
 
-`ALISE_PRESSURE_REQUESTS=500` runs 500 requests instead of 120 (six minutes instead of two).
+`ALISE_PRESSURE_REQUESTS=500` runs 500 requests instead of 120 (ten minutes instead of three).
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def test_there_was_pressure_and_there_were_faults(result: dict[str, Any]) -> Non
 def test_all_tokens_are_those_that_the_model_would_choose(result: dict[str, Any]) -> None:
     assert result["poor_tokens"] <= 0.01 * result["tokens"]
     assert result["poor_tokens_of_restored"] <= 0.01 * result["tokens_of_restored"]
-    assert result["worst_answer"] <= 0.2  # KV that is another's makes every token poor
+    assert result["worst_answer"] <= 0.2
+    assert result["poor_share_of_another_answer"] > 0.3  # so wrong tokens would be seen
 
 
 def test_blocks_slots_and_jobs_are_given_back(result: dict[str, Any]) -> None:
