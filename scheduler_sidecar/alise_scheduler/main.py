@@ -44,6 +44,12 @@ SUBCOMMANDS: Final = (
         ("sidecar",),
     ),
     Subcommand(
+        "top",
+        "Show a running sidecar's queue, predictor and gain, in the terminal.",
+        "alise_scheduler.top:app",
+        ("sidecar",),
+    ),
+    Subcommand(
         "bench",
         "Compare with stock vLLM, side by side.",
         "alise_bench.cli:app",

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import grpc
 
 from alise_scheduler import protocol
-from alise_scheduler.engine_state import PREDICTIONS_PER_STEP
+from alise_scheduler.engine_state import PREDICTIONS_PER_STEP, Introduction
 from alise_scheduler.engines import Connection, Engines, TooManyEnginesError
 from alise_scheduler.measured_predictor import MeasuredPredictor
 from alise_scheduler.metrics import Metrics
@@ -110,6 +110,13 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         rest: AsyncIterator[pb.EngineMessage],
         context: Any,
     ) -> None:
+        connection.state.introduction = Introduction(
+            model=hello.model,
+            slots=hello.max_num_seqs,
+            kv_tokens=hello.kv_tokens,
+            block_tokens=hello.block_tokens,
+            batched_tokens=hello.max_num_batched_tokens,
+        )
         self._load_token_table(hello.token_table_file)
         stream = Stream(connection.state, self.metrics, context.write)
         await stream.welcome(

@@ -34,7 +34,6 @@ from alise_engine.kv_tier.decisions import (
     preemption_s,
     recompute_s,
     swap_s,
-    waiting_times,
 )
 from alise_scheduler.engine_state import EngineState, LengthPredictor, PolicySettings
 from alise_scheduler.estimates import Estimate
@@ -49,6 +48,7 @@ from alise_scheduler.events import (
 from alise_scheduler.policy import Policy
 from alise_scheduler.predictor import PromptInput
 from alise_scheduler.replica import Hardware, Replica, ReplicaJob
+from alise_scheduler.waiting import waiting_times
 
 from alise_bench.simulation.predictors import SimulatedPrompt, simulated_prompt
 from alise_bench.simulation.profiles import TierSpeed
