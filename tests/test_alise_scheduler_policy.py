@@ -12,6 +12,7 @@ from alise_scheduler.policy import (
     PolicyParameters,
     boost_s,
     expected_boost_s,
+    first_tokens_priority,
     gamma_for,
     mlfq_level,
     priority,
@@ -135,3 +136,19 @@ def test_mlfq_sorts_by_level_and_then_by_arrival(one, other) -> None:
     assume(key(one) < key(other))
     mine, its = (priority(Policy.MLFQ, job, PolicyParameters()) for job in (one, other))
     assert mine <= its
+
+
+@given(works, seconds, parameters)
+def test_first_tokens_go_before_all_who_have_theirs_within_the_bound(own, arrival, tunables):
+    early = first_tokens_priority(arrival, tunables)
+    assert early <= priority(Policy.BOOST, JobView(arrival, own), tunables)
+    # The bound on starvation is that of the least work: no early job is boosted beyond it.
+    assert arrival - early == pytest.approx(boost_s(tunables.least_work_s, tunables.gamma_per_s))
+
+
+def test_boost_on_attained_service_prefers_who_has_had_less_and_needs_no_estimate() -> None:
+    tunables = PolicyParameters()
+    fresh = priority(Policy.BOOST_ATTAINED, JobView(10.0, ()), tunables)
+    served = priority(Policy.BOOST_ATTAINED, JobView(10.0, (), attained_s=8.0), tunables)
+    long_prompt = priority(Policy.BOOST_ATTAINED, JobView(10.0, (), prefill_s=2.0), tunables)
+    assert fresh < long_prompt < served < 10.0

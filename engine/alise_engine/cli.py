@@ -80,6 +80,15 @@ def serve(
             help="Boost's gamma in 1/s; by default it follows the observed service times.",
         ),
     ] = None,
+    first_tokens: Annotated[
+        int,
+        typer.Option(
+            "--alise-first-tokens",
+            envvar="ALISE_FIRST_TOKENS",
+            min=0,
+            help="Every new job gets this many tokens out early; later ones then wait longer.",
+        ),
+    ] = 0,
     state_dir: Annotated[
         Path | None,
         typer.Option(
@@ -208,7 +217,14 @@ def serve(
         sidecar_command = None
         if socket is not None:
             sidecar_command = _sidecar_command(
-                socket, run_dir, state_dir, policy, gamma, metrics_port, oracle_file
+                socket,
+                run_dir,
+                state_dir,
+                policy,
+                gamma,
+                first_tokens,
+                metrics_port,
+                oracle_file,
             )
         plan = ServePlan(
             model_name=model_name,
@@ -266,12 +282,14 @@ def _sidecar_command(
     state_dir: Path | None,
     policy: Policy,
     gamma: float | None,
+    first_tokens: int,
     metrics_port: int,
     oracle_file: Path | None,
 ) -> Sequence[str]:
     command = [sys.executable, "-m", "alise_scheduler", "scheduler"]
     command += ["--listen", f"unix://{socket}", "--shared-dir", str(run_dir)]
     command += ["--policy", policy.value, "--metrics-port", str(metrics_port)]
+    command += ["--first-tokens", str(first_tokens)]
     if state_dir is not None:  # the sidecar has its own default
         command += ["--state-dir", str(state_dir)]
     if gamma is not None:

@@ -56,6 +56,18 @@ SUBCOMMANDS: Final = (
         ("bench",),
     ),
     Subcommand(
+        "simulate",
+        "Compare policies on a modelled engine; say how many replicas a load needs.",
+        "alise_bench.simulation.cli:app",
+        ("bench",),
+    ),
+    Subcommand(
+        "profile",
+        "Measure a running engine, for `simulate`.",
+        "alise_bench.simulation.measure:app",
+        ("bench",),
+    ),
+    Subcommand(
         "operator",
         "Run the Kubernetes operator, or print its CRD.",
         "alise_operator.cli:app",
