@@ -8,7 +8,6 @@ from pydantic import Field
 
 from alise_operator.api.base import ApiModel, Name, SecretKeyRef, rules
 
-
 EMBEDDED: Final = "embedded://smollm2-135m-instruct"
 """The model that `alise serve` serves when it is told none."""
 
