@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.alise-installed
 TORCH := torch==2.13.0+cpu
-SOURCES := engine scheduler_sidecar benchmarks operator charts tests
+SOURCES := engine scheduler_sidecar benchmarks operator charts tests e2e
 CRD := crds/serving.alise.dev_aliseservices.yaml
 PROTO := alise_scheduler/v1/scheduler.proto
 # Options for the command of `serve`, `bench` or `test`: make serve ARGS='--port 8001'
@@ -24,7 +24,7 @@ BUILDER ?= $(shell if docker buildx version >/dev/null 2>&1 && docker info >/dev
 BUILD_OPTIONS ?=
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: images help install serve test test-fast test-operator lint format proto operator-generate bench clean
+.PHONY: images e2e help install serve test test-fast test-operator lint format proto operator-generate bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -97,6 +97,9 @@ images: ## Build the images alise/operator, alise/sidecar and alise/engine-cpu
 	    --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) \
 	    -t alise/$${image%%=*}:$(VERSION) -f $${image##*=}/Dockerfile .; \
 	done
+
+e2e: $(STAMP) ## Images, a kind cluster, the chart, and the tests in e2e/ (docs/e2e.md)
+	PYTHON=$(BIN)/python BUILDER=$(BUILDER) BUILD_OPTIONS="$(BUILD_OPTIONS)" e2e/run.sh $(ARGS)
 
 bench: $(STAMP) ## Compare with stock vLLM, side by side; ARGS='--help' shows what can be chosen
 	$(BIN)/alise bench $(ARGS)
