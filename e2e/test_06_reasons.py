@@ -31,6 +31,7 @@ def broken(operator: None) -> Iterator[Any]:
             "spec": {
                 "model": {"uri": "embedded://smollm2-135m-instruct"},
                 "kvSwap": {"enabled": False},
+                "predictor": {"resources": {"cpu": "10m", "memoryGiB": 1}},
                 "engine": {**_SMALL, **engine},
                 **spec,
             },
@@ -45,7 +46,7 @@ def broken(operator: None) -> Iterator[Any]:
 
 
 def test_more_gpus_than_there_are(broken: Any) -> None:
-    name = broken("too-many", {"accelerator": {"count": 64}})
+    name = broken("too-many", {"accelerator": {"count": 64}, "parallelism": {"tensor": 64}})
     wanted = ("False", "Unschedulable")
     eventually(lambda: condition(name) == wanted, str(wanted), _WITHIN_S)
     assert "Insufficient nvidia.com/gpu" in json.dumps(status(name))
