@@ -114,7 +114,7 @@ def serve(
             envvar="ALISE_METRICS_PORT",
             min=0,
             max=65535,
-            help="Port of the sidecar's Prometheus metrics; 0 turns them off.",
+            help="Port of the sidecar's status page and Prometheus metrics; 0: neither.",
         ),
     ] = 9464,
     preemption: Annotated[
@@ -233,6 +233,9 @@ def serve(
             sidecar_command=sidecar_command,
             sidecar_socket=socket,
             server=ServerAddress.of(vllm_arguments),
+            status_url=(
+                f"http://localhost:{metrics_port}" if metrics_port and socket is not None else None
+            ),
             drain_s=drain_s,
         )
         status = Launcher(plan).run()

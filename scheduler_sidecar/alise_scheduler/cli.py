@@ -151,7 +151,7 @@ def scheduler(
         typer.Option(
             envvar="ALISE_METRICS_PORT",
             callback=_between(0, 65535),
-            help="Prometheus page; 0: none.",
+            help="Port of the status page and of Prometheus' metrics; 0: neither.",
         ),
     ] = 9464,
     metrics_address: Annotated[
