@@ -6,6 +6,7 @@ time and then sleeps, so that a stream's next event never waits for it longer th
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,8 @@ from alise_scheduler.engine_state import EngineState
 from alise_scheduler.history import PastJob
 from alise_scheduler.replica import Hardware
 from alise_scheduler.shadow import Ratios, Shadow, ratios
+
+_log = logging.getLogger(__name__)
 
 _PERIOD_S: Final = 1.0
 _PIECE_S: Final = 0.001
@@ -88,7 +91,11 @@ class ShadowRunner:
             for gone in self._shadows.keys() - names if feeds else ():
                 del self._shadows[gone]
             for feed in feeds:
-                self._advance(feed)
+                try:
+                    self._advance(feed)
+                except Exception:  # a comparison must not end with one odd job
+                    _log.exception("the shadow of engine %s starts over", feed.engine_id)
+                    self._shadows[feed.engine_id] = Shadow()
             pairs = [pair for shadow in self._shadows.values() for pair in shadow.pairs]
             self.ratios = ratios(pairs)
 
