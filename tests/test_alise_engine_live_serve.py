@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,9 +25,7 @@ def ports() -> tuple[int, int]:
 
 
 @pytest.fixture(scope="module")
-def server(
-    ports: tuple[int, int], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+def server(ports: tuple[int, int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("live")
     past = folder / "traffic.jsonl"
     with past.open("w") as file:

@@ -148,7 +148,9 @@ class Launcher:
             if server.is_healthy():
                 page = self._plan.status_url
                 text = f"ready. Try it:\n\n{server.curl(self._plan.model_name)}\n"
-                display.done(text + (f"\nWhat it is doing: {page} (or: alise top)\n" if page else ""))
+                if page:
+                    text += f"\nWhat it is doing: {page} (or: alise top)\n"
+                display.done(text)
                 return True
             time.sleep(_POLL_S)
         return False
