@@ -157,6 +157,9 @@ class _Line:
     def swap(self) -> None:
         """Have the two change places in the next step."""
         running, waiting = self._pair()
+        # What the device remembers of the one that comes back is forgotten, as in a full pool.
+        pool = self._scheduler.kv_cache_manager.block_pool
+        pool.free_blocks(reversed(pool.get_new_blocks(pool.get_num_free_blocks())))
         self.swapped_tokens.append(running.num_computed_tokens)
         self._rank(running, 1e6, _LONG_TOKENS)
         self._rank(waiting, next(self._priorities), _LONG_TOKENS / 2)
