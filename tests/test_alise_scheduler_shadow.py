@@ -114,7 +114,7 @@ def test_the_sidecar_says_what_fcfs_would_have_done(tmp_path: Path) -> None:
     outcomes = replay(requests, Hardware(step, slots=4, kv_tokens=8000))
     with sidecar_page(tmp_path) as engine:
         engine.connect(slots=4, kv_tokens=8000)
-        engine.send(*[pb.Event(step=STEP)] * 64)
+        engine.send(*[pb.Event(step=STEP)] * 128)
         prompt = pb.Prompt(token_ids=[50] * 8, prompt_tokens=8)
         for index, outcome in enumerate(outcomes):
             job = pb.JobArrived(job_id=str(index), arrival_s=outcome.arrival_s, prompt=prompt)
