@@ -7,6 +7,7 @@ or wrong KV block would have made tokens that the model would not have chosen.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -47,10 +48,15 @@ ANSWER_TOKENS = (8, 56)
 MARGIN = 0.1
 """A token this much less likely (natural logarithm) than the best is not the model's choice."""
 PATIENCE_S = 900.0
+FAULT_EVERY = 40
+"""Of this many copies in one direction one fails and one is slow."""
 
 
 class Faults:
-    """Breaks copies now and then: errors and delays both ways, flipped bits in host memory."""
+    """Breaks copies now and then: errors and delays both ways, flipped bits in host memory.
+
+    Copies break by their number, not by chance, so that each kind of fault is met in any run.
+    """
 
     def __init__(self, worker: Any, generator: random.Random) -> None:
         self._generator = generator
@@ -61,12 +67,14 @@ class Faults:
             setattr(worker._codec, name, self._breaking(name, getattr(worker._codec, name)))
 
     def _breaking(self, name: str, function: Callable[..., None]) -> Callable[..., None]:
+        numbers = itertools.count()
+
         def call(*args: Any) -> None:
-            chance = self._generator.random() if self.is_on else 1.0
-            if chance < 0.02:
+            turn = next(numbers) % FAULT_EVERY if self.is_on else -1
+            if turn == FAULT_EVERY // 4:
                 self.counts[f"{name} failed"] += 1
                 raise RuntimeError("injected")
-            if chance < 0.04:
+            if turn == FAULT_EVERY // 2:
                 self.counts[f"{name} slow"] += 1
                 time.sleep(0.05)
             function(*args)
