@@ -16,7 +16,8 @@ from alise_scheduler.shadow import MIN_JOBS, Pair, Shadow, ratios
 from alise_scheduler.v1 import scheduler_pb2 as pb
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from status_harness import STEP, eventually, sidecar_page
+from patience import eventually
+from status_harness import STEP, sidecar_page
 
 COST = StepCost(0.05, 1e-3, 2e-3, 1e-6)
 SMALL = Hardware(COST, slots=2, kv_tokens=4000, block_tokens=16, batched_tokens=64)

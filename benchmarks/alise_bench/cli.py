@@ -221,7 +221,7 @@ def shadow(
                 (said.p99_jct, true.p99_jct),
             )
             cells = [
-                f"{a:.2f} {b:.2f} ({off:.2f}x)"
+                f"{a:.2f}/{b:.2f} = {off:.2f}"
                 for (a, b), off in zip(ratios, errors(check), strict=True)
             ]
             table.add_row(check.run, *cells)
