@@ -80,3 +80,8 @@ def test_nothing_is_held_when_all_is_answered(server: Server) -> None:
 
     eventually(is_empty)
     assert server.metric("vllm:kv_cache_usage_perc") == 0
+
+
+def test_the_engine_computes_on_as_many_cores_as_without_the_tier(server: Server) -> None:
+    """On a CPU vLLM would set another core aside, and none on two: no comparison would be fair."""
+    assert "reserve_cpu_num=1\n" in server.log.read_text()

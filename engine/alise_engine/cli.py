@@ -208,6 +208,12 @@ def serve(
             "ALISE_PREEMPTION": str(int(preemption)),
             "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
         }
+        # On CPUs vLLM sets one more core a rank aside where KV is transferred, for a process that we
+        # do not have; on two cores it then sets none aside. As many as without the tier, then.
+        environment.setdefault(
+            "VLLM_CPU_NUM_OF_RESERVED_CPU",
+            option_value(vllm_arguments, "--tensor-parallel-size", "-tp") or "1",
+        )
         if margin_s is not None:
             environment["ALISE_PREEMPTION_MARGIN_S"] = str(margin_s)
         try:
