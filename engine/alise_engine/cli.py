@@ -208,8 +208,8 @@ def serve(
             "ALISE_PREEMPTION": str(int(preemption)),
             "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
         }
-        # On CPUs vLLM sets one more core a rank aside where KV is transferred, for a process that we
-        # do not have; on two cores it then sets none aside. As many as without the tier, then.
+        # On CPUs vLLM sets one more core a rank aside where KV is transferred, for a process that
+        # we do not have; on two cores it then sets none aside. So: as many as without the tier.
         environment.setdefault(
             "VLLM_CPU_NUM_OF_RESERVED_CPU",
             option_value(vllm_arguments, "--tensor-parallel-size", "-tp") or "1",
