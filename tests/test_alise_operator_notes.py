@@ -150,8 +150,13 @@ def test_08_the_operator_does_not_fight_the_autoscaler() -> None:
     }
 
 
-def test_09_a_non_root_user_can_write_all_caches() -> None:
-    service = view()
+@pytest.mark.parametrize(
+    "uri",
+    ["hf://org/m", "s3://b/m", "pvc://c/m", "oci://m:1", "embedded://smollm2-135m-instruct"],
+)
+def test_09_a_non_root_user_can_write_all_caches(uri: str) -> None:
+    # Adapters and draft models come from the hub, whatever the model comes from.
+    service = view(model={"uri": uri})
     spec_of_pod, container = pod_template(service)["spec"], engine(service)
     writable = {
         mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")

@@ -239,6 +239,25 @@ def test_an_invalid_spec_touches_no_child(world: World) -> None:
     assert world.reconcile() == []
 
 
+def ready_sample(world: World) -> float | None:
+    labels = {"namespace": "default", "name": "qwen"}
+    return world.metrics.registry.get_sample_value("alise_operator_service_ready", labels)
+
+
+def test_no_alert_for_a_service_that_is_scaled_to_zero_or_gone(world: World) -> None:
+    world.reconcile()
+    assert ready_sample(world) == 0.0
+    world.user_applies(replicas=0)
+    world.reconcile()
+    assert ready_sample(world) is None
+    world.user_applies(replicas=1)
+    world.reconcile()
+    assert ready_sample(world) == 0.0
+    world.store.drop(ObjectName(ALISE_SERVICE, *KEY))
+    world.reconcile()
+    assert ready_sample(world) is None
+
+
 def test_a_deleted_service_is_left_to_the_garbage_collector(world: World) -> None:
     world.reconcile()
     body = world.kube.objects[ObjectName(ALISE_SERVICE, *KEY)]

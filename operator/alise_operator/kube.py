@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from itertools import count
 from typing import Any, Final
 
 import httpx2 as httpx
@@ -107,11 +108,12 @@ class Kube:
         pages = self._client.list(
             self._resource(kind), namespace=namespace or "*", chunk_size=_CHUNK, labels=labels
         ).__aiter__()
-        while True:
-            try:
-                yield await self._call("list", kind, anext, pages)
-            except StopAsyncIteration:
+        for index in count():
+            brings_page = index % _CHUNK == 0  # the other items of a page cost no request
+            item = await self._call("list", kind, anext, pages, None, is_request=brings_page)
+            if item is None:
                 return
+            yield item
 
     async def exists(self, kind: Kind, namespace: str | None) -> bool:
         """Say whether the API server knows a kind."""
@@ -146,7 +148,13 @@ class Kube:
         return answer
 
     async def _call(
-        self, verb: str, kind: Kind, method: Callable[..., Any], *args: Any, **kwargs: Any
+        self,
+        verb: str,
+        kind: Kind,
+        method: Callable[..., Any],
+        *args: Any,
+        is_request: bool = True,
+        **kwargs: Any,
     ) -> Any:
         code = "none"
         try:
@@ -158,7 +166,8 @@ class Kube:
         except (httpx.HTTPError, asyncio.TimeoutError, OSError) as error:
             raise UnavailableError(f"{type(error).__name__}: {error}") from error
         finally:
-            self._metrics.requests.labels(verb, kind.kind, code).inc()
+            if is_request:
+                self._metrics.requests.labels(verb, kind.kind, code).inc()
         return answer
 
 

@@ -60,6 +60,8 @@ class Operator:
             settings.namespaces or (None,),
             self.apis.absent,
         )
+        self.metrics.queued.set_function(lambda: len(self.queue))
+        self.metrics.services.set_function(lambda: len(self.store.services()))
         self._is_stopping = asyncio.Event()
         self.is_ready = asyncio.Event()
 
@@ -125,8 +127,6 @@ class Operator:
         return self.audit.is_healthy
 
     async def _work(self, key: Key) -> None:
-        self.metrics.queued.set(len(self.queue))
-        self.metrics.services.set(len(self.store.services()))
         if self._is_stopping.is_set():
             return
         if not await self.leadership.holds():
