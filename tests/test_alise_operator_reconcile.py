@@ -15,7 +15,7 @@ pytest.importorskip("lightkube", reason="needs the extra 'operator'")
 from alise_operator.audit import Audit
 from alise_operator.images import DefaultImages
 from alise_operator.kube import NotThereError, RefusedError, UnavailableError
-from alise_operator.leadership import Leadership, leads
+from alise_operator.leadership import CLUSTER_PEERING, Leadership, leads
 from alise_operator.manifests.kinds import ALISE_SERVICE, KINDS, OPTIONAL, Kind
 from alise_operator.metrics import Metrics
 from alise_operator.optional_apis import OptionalApis
@@ -335,6 +335,14 @@ def peer(priority: int, age_s: float = 0.0) -> dict[str, Any]:
 )
 def test_who_leads(others: dict[str, Any], expected: bool) -> None:
     assert leads(others, "me", 5, NOW) is expected
+
+
+def test_a_guard_without_its_crd_says_what_to_install() -> None:
+    kube = FakeKube()
+    kube.absent.add(CLUSTER_PEERING)
+    guarded = Leadership(kube, "alise-operator", (), "me", 1)  # type: ignore[arg-type]
+    with pytest.raises(NotThereError, match=r"install kopf's CRDs .* or run without --peering"):
+        asyncio.run(guarded.prepare())
 
 
 def test_each_key_is_worked_on_once_at_a_time_and_again_after_news() -> None:
