@@ -22,6 +22,7 @@ from alise_operator.optional_apis import OptionalApis
 from alise_operator.reconcile import Reconciler
 from alise_operator.settings import Settings
 from alise_operator.store import Key, Store
+from alise_operator.watching import watch_until_stopped
 from alise_operator.work_queue import RetryLaterError, WorkQueue
 
 _log = logging.getLogger(__name__)
@@ -75,10 +76,6 @@ class Operator:
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT."""
-        registry, kopf_settings = kopf.OperatorRegistry(), kopf.OperatorSettings()
-        is_cluster_wide = not self.settings.namespaces
-        configure(kopf_settings, is_cluster_wide=is_cluster_wide)
-        register(registry, self.store, self.queue)
         await self._prepare()
         self._start(self.queue.run(self.settings.workers), "the work queue")
         self._start(self._follow_apis(), "the look for optional APIs")
@@ -87,19 +84,27 @@ class Operator:
             async with endpoints(
                 self.settings.port, self.metrics, lambda: self.is_healthy, self._is_ready.is_set
             ):
-                await kopf.operator(
-                    registry=registry,
-                    settings=kopf_settings,
-                    ready_flag=self._is_ready,
-                    clusterwide=is_cluster_wide,
-                    namespaces=self.settings.namespaces,
-                    standalone=self.settings.peering is None,
-                    peering_name=self.settings.peering,
-                    priority=self.settings.priority,
-                    identity=self.settings.identity,  # type: ignore[arg-type]
-                )
+                await watch_until_stopped(self._watch, self._is_ready, self.audit.run_once)
         finally:
             await self._finish()
+
+    async def _watch(self, has_begun: asyncio.Event, stop: asyncio.Event) -> None:
+        registry, settings = kopf.OperatorRegistry(), kopf.OperatorSettings()
+        is_cluster_wide = not self.settings.namespaces
+        configure(settings, is_cluster_wide=is_cluster_wide)
+        register(registry, self.store, self.queue)
+        await kopf.operator(
+            registry=registry,
+            settings=settings,
+            ready_flag=has_begun,
+            stop_flag=stop,
+            clusterwide=is_cluster_wide,
+            namespaces=self.settings.namespaces,
+            standalone=self.settings.peering is None,
+            peering_name=self.settings.peering,
+            priority=self.settings.priority,
+            identity=self.settings.identity,  # type: ignore[arg-type]
+        )
 
     def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Run `work` until the operator ends; an end before that is a bug, and unhealthy."""
