@@ -59,3 +59,21 @@ def test_an_error_after_the_signal_is_an_end() -> None:
 
     asyncio.run(scenario())
     assert started == [1]
+
+
+def test_a_signal_during_the_pause_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "FIRST_PAUSE_S", 60.0)
+
+    async def watch(has_begun: asyncio.Event, stop: asyncio.Event) -> None:
+        has_begun.set()
+        await asyncio.sleep(0.05)
+        asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), signal.SIGTERM)
+        raise LookupError("404")
+
+    async def catch_up() -> None:
+        pytest.fail("nothing is to be caught up with")
+
+    async def scenario() -> None:
+        await asyncio.wait_for(watch_until_stopped(watch, asyncio.Event(), catch_up), 10)
+
+    asyncio.run(scenario())

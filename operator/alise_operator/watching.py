@@ -10,6 +10,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final, TypeAlias
 
 Watch: TypeAlias = Callable[[asyncio.Event, asyncio.Event], Awaitable[None]]
@@ -33,7 +34,7 @@ async def watch_until_stopped(
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     pause_s = FIRST_PAUSE_S
-    while not stop.is_set():
+    while True:
         has_begun = asyncio.Event()
         taking_over = asyncio.create_task(_take_over(has_begun, is_ready, stop))
         started_s = loop.time()
@@ -49,7 +50,9 @@ async def watch_until_stopped(
         finally:
             taking_over.cancel()
         pause_s = FIRST_PAUSE_S if loop.time() - started_s > _STABLE_S else pause_s
-        await asyncio.sleep(pause_s)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(stop.wait(), pause_s)
+            return
         pause_s = min(2 * pause_s, _LAST_PAUSE_S)
         await catch_up()
 
@@ -57,7 +60,7 @@ async def watch_until_stopped(
 async def _take_over(
     has_begun: asyncio.Event, is_ready: asyncio.Event, stop: asyncio.Event
 ) -> None:
-    """Take the signals over from kopf: of its own it does not tell whether one has ended it."""
+    """Take the signals over from kopf: of itself it does not tell whether one has ended it."""
     await has_begun.wait()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
