@@ -36,6 +36,7 @@ def test_many_services(crd: Cluster, operator_kubeconfig: Path, tmp_path: Path) 
         with running(operator):
 
             def settled() -> bool:
+                time.sleep(1)  # to list them all is work for the API server too
                 found = crd.items(PATH)
                 return all("conditions" in body.get("status", {}) for body in found)
 

@@ -109,7 +109,8 @@ class Kube:
             self._resource(kind), namespace=namespace or "*", chunk_size=_CHUNK, labels=labels
         ).__aiter__()
         for index in count():
-            brings_page = index % _CHUNK == 0  # the other items of a page cost no request
+            # The other items of a page cost no request. (A full last page counts for two.)
+            brings_page = index % _CHUNK == 0
             item = await self._call("list", kind, anext, pages, None, is_request=brings_page)
             if item is None:
                 return
