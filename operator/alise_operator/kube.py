@@ -55,7 +55,7 @@ class Kube:
 
     async def get(self, kind: Kind, namespace: str | None, name: str) -> dict[str, Any] | None:
         """Return an object, None if there is none; `namespace` is None for those of the cluster."""
-        where = {"namespace": namespace} if kind.is_namespaced else {}
+        where: dict[str, Any] = {"namespace": namespace} if kind.is_namespaced else {}
         try:
             answer: dict[str, Any] = await self._call(
                 "get", kind, self._client.get, self._resource(kind), name, **where
