@@ -44,7 +44,8 @@ async def watch_until_stopped(
             if stop.is_set():
                 _log.warning("the watches did not end cleanly: %r", error)
                 return
-            _log.exception("the watches broke, and are started again")
+            # Without a traceback: kopf has written its own.
+            _log.error("the watches broke, and are started again: %r", error)
         else:
             return
         finally:
