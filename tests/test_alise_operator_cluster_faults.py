@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 from operator_cluster import (
-    ROOT,
     SERVICES,
     ApiServer,
     Cluster,
@@ -174,30 +173,6 @@ def test_watches_that_break_are_resumed(
         service.patch(replicas=4)
         proxy.faults = lambda _: None
         eventually(lambda: service.child("deployments")["spec"]["replicas"] == 4)
-
-
-def test_an_api_that_goes_away_under_its_watch_does_not_end_the_operator(
-    crd: Cluster, operator_kubeconfig: Path, tmp_path: Path, namespace: str
-) -> None:
-    crd.install_crd(ROOT / "tests" / "crds" / "podmonitors.yaml")
-    try:
-        with proxied(crd, operator_kubeconfig, tmp_path) as (proxy, operator):
-            service = make(crd, namespace, "survives", monitoring={"enabled": True})
-            api = "apis/monitoring.coreos.com/v1"
-            eventually(lambda: service.child("podmonitors", None, api) is not None)
-            # To the watch it has gone, and nothing has told kopf that it should stop watching.
-            proxy.faults = lambda r: Fault(status=404) if r.resource == "podmonitors" else None
-            proxy.cut()
-            eventually(lambda: "the watches broke, and are started again" in operator.log)
-            crd.delete(f"api/v1/namespaces/{namespace}/services/survives")
-            proxy.faults = lambda _: None
-            service.patch(replicas=2)
-            eventually(lambda: service.child("deployments")["spec"]["replicas"] == 2)
-            eventually(lambda: service.child("services", None, "api/v1") is not None)
-            assert operator.get("healthz").status_code == 200
-            assert operator.stop() == 0
-    finally:
-        crd.remove_crd("podmonitors.monitoring.coreos.com")
 
 
 def test_an_api_server_that_restarts_is_waited_for(
