@@ -32,6 +32,11 @@ HOW = (
 # Generous, as tests share the machine: only a failure waits this long.
 WAIT_S = float(os.environ.get("ALISE_TEST_WAIT_S", "60"))
 SERVICES = "apis/serving.alise.dev/v1alpha1"
+# All that the chart makes on request.
+CHART_EXTRAS = (
+    *("--set", "podMonitor.enabled=true", "--set", "dashboard.enabled=true"),
+    *("--set", "alerts.enabled=true"),
+)
 _START_S = 90
 _ADMIN_TOKEN = "admin-token-of-tests"
 

@@ -15,6 +15,7 @@ import yaml
 from alise_operator.api.crd import FILE_NAME
 from operator_cluster import (
     CHART,
+    CHART_EXTRAS,
     ROOT,
     Cluster,
     OperatorProcess,
@@ -24,11 +25,6 @@ from operator_cluster import (
     running,
 )
 
-# Everything that can be switched on.
-ALL = (
-    *("--set", "podMonitor.enabled=true", "--set", "dashboard.enabled=true"),
-    *("--set", "alerts.enabled=true"),
-)
 DIGEST = f"sha256:{'0' * 64}"
 
 
@@ -181,7 +177,7 @@ def test_with_namespaces_there_are_no_rights_in_the_cluster() -> None:
 
 
 def test_dashboard_and_alerts_are_rendered_as_they_are_in_the_files() -> None:
-    manifests = render_chart(*ALL)
+    manifests = render_chart(*CHART_EXTRAS)
     (dashboard,) = [m for m in manifests if m["metadata"]["name"].endswith("-dashboard")]
     assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
     files = CHART / "files"
@@ -191,18 +187,10 @@ def test_dashboard_and_alerts_are_rendered_as_they_are_in_the_files() -> None:
     assert rules == yaml.safe_load((files / "alerts.yaml").read_text())
 
 
-@pytest.mark.cluster
-@pytest.mark.parametrize(
-    "options", [(), ("--set", "watchNamespaces={alise-system}")], ids=["cluster", "namespaced"]
-)
-def test_the_api_server_takes_all_that_is_rendered(crd: Cluster, options: tuple[str, ...]) -> None:
-    crd.namespace("alise-system")
-    command = ("template", "alise", str(CHART), "--namespace", "alise-system")
-    done = helm(*command, "--kube-version", "1.34.0", "--set", "dashboard.enabled=true", *options)
-    applied = crd.kubectl(
-        "apply", "--server-side", "--dry-run=server", "-f", "-", stdin=done.stdout
-    )
-    assert applied.returncode == 0, applied.stderr
+def test_services_keep_their_namespace_when_they_are_scraped() -> None:
+    # Or an alert about team-a/chat would speak of alise-system/chat.
+    (endpoint,) = one(render_chart(*CHART_EXTRAS), "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert endpoint["honorLabels"] is True
 
 
 @pytest.mark.cluster

@@ -21,6 +21,11 @@ CREATION: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"model": {"uri": "http://example.com/m"}},
     ),
     (
+        "embedded://smollm2-135m-instruct, the model in the engine's image",
+        {"model": {"uri": "embedded://smollm2-135m-instruct"}},
+        {"model": {"uri": "embedded://another-model"}},
+    ),
+    (
         "hf://ORGANISATION/NAME",
         {"model": {"uri": "hf://org/model-1.5_b"}},
         {"model": {"uri": "hf://org/model@main"}},

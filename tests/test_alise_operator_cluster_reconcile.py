@@ -372,5 +372,5 @@ def test_graceful_shutdown_and_health(operator: OperatorProcess) -> None:
     # kopf may show one of its own, when an API goes away under its watch.
     frames = [line for line in operator.log.splitlines() if line.strip().startswith('File "')]
     assert not [frame for frame in frames if "alise_operator/" in frame]
-    assert operator.stop() == 0
+    assert operator.stop() == 0, operator.log[-4000:]
     operator.start()

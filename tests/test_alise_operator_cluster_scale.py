@@ -1,4 +1,4 @@
-"""Many services; at full size: ALISE_TEST_SERVICES=500 ALISE_TEST_STEADY_S=120 pytest FILE -s."""
+"""Many services; at full size: ALISE_TEST_SERVICES=500 ALISE_TEST_STEADY_S=60 pytest FILE -s."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def test_many_services(crd: Cluster, operator_kubeconfig: Path, tmp_path: Path) 
     for index in range(COUNT):
         answer = crd.create(PATH, service_body(f"s-{index}", NAMESPACE))
         assert answer.is_success, answer.text
-    # As it runs in production: optional APIs and audits at their own pace.
+    # Optional APIs are looked for as often as by default. Audits come five times as often, so that
+    # a minute of the steady state has one in it.
     pace = {"ALISE_OPERATOR_DISCOVERY_S": "30", "ALISE_OPERATOR_AUDIT_S": "60"}
     operator = OperatorProcess(operator_kubeconfig, tmp_path, "--peering", "alise-operator", **pace)
     try:
@@ -35,6 +36,7 @@ def test_many_services(crd: Cluster, operator_kubeconfig: Path, tmp_path: Path) 
         with running(operator):
 
             def settled() -> bool:
+                time.sleep(1)  # to list them all is work for the API server too
                 found = crd.items(PATH)
                 return all("conditions" in body.get("status", {}) for body in found)
 
@@ -43,18 +45,16 @@ def test_many_services(crd: Cluster, operator_kubeconfig: Path, tmp_path: Path) 
             eventually(lambda: operator.metric("alise_operator_queue_length") == 0)
             time.sleep(3)  # the echo of the last writes
             before = operator.metric(_REQUESTS)
-            writes = operator.metric(f'{_REQUESTS}{{code="200",kind="ALISE')
-            applies = sum_of_applies(operator)
+            written = writes(operator)
             time.sleep(STEADY_S)
             rate = (operator.metric(_REQUESTS) - before) / STEADY_S
             memory_mib = operator.metric("process_resident_memory_bytes") / 2**20
             print(
                 f"\n{COUNT} services: initial reconcile {took_s:.1f} s, steady state "
-                f"{rate:.2f} requests/s, {sum_of_applies(operator) - applies:g} writes in "
+                f"{rate:.2f} requests/s, {writes(operator) - written:g} writes in "
                 f"{STEADY_S:g} s, {memory_mib:.0f} MiB"
             )
-            assert sum_of_applies(operator) == applies
-            assert writes >= 0
+            assert writes(operator) == written
             assert rate < 1 or STEADY_S < 30  # a short look may fall on a look for optional APIs
             assert memory_mib < _LIMIT_MIB
     finally:
@@ -62,7 +62,8 @@ def test_many_services(crd: Cluster, operator_kubeconfig: Path, tmp_path: Path) 
             crd.delete(f"{PATH}/s-{index}")
 
 
-def sum_of_applies(operator: OperatorProcess) -> float:
+def writes(operator: OperatorProcess) -> float:
+    """Return the requests so far that change something, status and events included."""
     lines = operator.get("metrics").text.splitlines()
     verbs = ('verb="apply"', 'verb="delete"', 'verb="create"')
     return sum(

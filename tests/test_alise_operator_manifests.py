@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -145,6 +146,10 @@ def test_engine_and_predictor_share_a_socket_and_its_owner() -> None:
         ({"model": {"uri": "s3://b/m"}}, "s3://b/m --load-format runai_streamer"),
         ({"model": {"uri": "pvc://c/a/b"}}, "/models/a/b --host"),
         ({"model": {"uri": "oci://models/x:1"}}, "/models --host"),
+        (
+            {"model": {"uri": "embedded://smollm2-135m-instruct"}},
+            "--served-model-name smollm2-135m-instruct",
+        ),
         ({"model": {"servedName": "m"}}, "--served-model-name m"),
         ({"engine": {"maxModelLen": 2048}}, "--max-model-len 2048"),
         ({"engine": {"gpuMemoryUtilizationPercent": 85}}, "--gpu-memory-utilization 0.85"),
@@ -285,6 +290,35 @@ def test_one_autoscaler_whose_target_is_the_service_itself(
     assert {manifest["kind"] for manifest in found} == kinds
     assert all(m["spec"]["scaleTargetRef"]["kind"] == "ALISEService" for m in found)
     assert rendered.missing == missing
+
+
+@pytest.mark.parametrize(
+    ("engine", "own", "others"),
+    [
+        (
+            {},
+            ("chat-6d4cf56db6-x2x7p", "chat-5cx2x7p"),
+            ("chat-large-6d4cf56db6-x2x7p", "chat-2-6d4cf56db6-x2x7p", "chat-0", "chat-large-0"),
+        ),
+        (
+            MORE["multi-node"]["engine"],
+            ("chat-0", "chat-12"),
+            ("chat-0-1", "chat-large-0", "chat-large-6d4cf56db6-x2x7p"),
+        ),
+    ],
+    ids=["one-node", "multi-node"],
+)
+def test_a_service_scales_by_the_backlog_of_its_own_pods(
+    engine: dict[str, Any], own: tuple[str, ...], others: tuple[str, ...]
+) -> None:
+    scaling = {"maxReplicas": 3, "prometheusAddress": "http://p"}
+    trigger = manifests(view("chat", autoscaling=scaling, engine=engine))["ScaledObject"]
+    query = trigger["spec"]["triggers"][0]["metadata"]["query"]
+    found = re.fullmatch(r'sum\(alise_backlog_seconds\{namespace="default",pod=~"(.+)"\}\)', query)
+    assert found is not None
+    names = re.compile(found.group(1))
+    assert all(names.fullmatch(name) for name in own)
+    assert not any(names.fullmatch(name) for name in others)
 
 
 def test_without_optional_apis_everything_else_is_still_there() -> None:

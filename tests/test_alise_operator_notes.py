@@ -15,6 +15,7 @@ from alise_operator.manifests.service_view import ServiceView
 from alise_operator.plan import TEMPLATE, Child, plan
 from alise_operator.status.observation import Observation, WorkloadState
 from alise_operator.status.status import service_status
+from operator_cluster import CHART, render_chart
 from operator_fixtures import IMAGES, RUNNING, all_rules, example, pod, spec, view, waiting
 
 NOW = "2026-01-01T00:00:00Z"
@@ -150,8 +151,13 @@ def test_08_the_operator_does_not_fight_the_autoscaler() -> None:
     }
 
 
-def test_09_a_non_root_user_can_write_all_caches() -> None:
-    service = view()
+@pytest.mark.parametrize(
+    "uri",
+    ["hf://org/m", "s3://b/m", "pvc://c/m", "oci://m:1", "embedded://smollm2-135m-instruct"],
+)
+def test_09_a_non_root_user_can_write_all_caches(uri: str) -> None:
+    # Adapters and draft models come from the hub, whatever the model comes from.
+    service = view(model={"uri": uri})
     spec_of_pod, container = pod_template(service)["spec"], engine(service)
     writable = {
         mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")
@@ -163,14 +169,25 @@ def test_09_a_non_root_user_can_write_all_caches() -> None:
     assert spec_of_pod["securityContext"]["fsGroup"] == spec_of_pod["securityContext"]["runAsUser"]
 
 
-def test_10_crds_are_templates_of_the_chart_and_all_namespaces_are_served() -> None:
-    from operator_fixtures import ROOT
-
-    chart = ROOT / "charts" / "alise-operator"
-    assert not (chart / "crds").exists()  # Helm would never upgrade what lies there
-    template = (chart / "templates" / "crds.yaml").read_text()
+def test_10_crds_are_upgraded_by_helm() -> None:
+    assert not (CHART / "crds").exists()  # Helm would never upgrade what lies there
+    template = (CHART / "templates" / "crds.yaml").read_text()
     assert '"helm.sh/resource-policy" "keep"' in template
     assert ".Values.crds.install" in template
+
+
+def test_10_all_namespaces_are_served_unless_some_are_named() -> None:
+    def scope(*options: str) -> tuple[set[str], list[str]]:
+        bodies = render_chart(*options)
+        (operator,) = [body for body in bodies if body["kind"] == "Deployment"]
+        (container,) = operator["spec"]["template"]["spec"]["containers"]
+        named = [item for item in container["args"] if item.startswith("--namespace")]
+        roles = {body["kind"] for body in bodies if body["kind"].endswith("Role")}
+        return roles, named
+
+    assert scope() == ({"ClusterRole"}, [])
+    some = scope("--set", "watchNamespaces={team-a,team-b}")
+    assert some == ({"Role"}, ["--namespace=team-a", "--namespace=team-b"])
 
 
 def test_also_no_service_links_secrets_per_service_and_termination_messages() -> None:

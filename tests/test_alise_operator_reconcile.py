@@ -15,7 +15,7 @@ pytest.importorskip("lightkube", reason="needs the extra 'operator'")
 from alise_operator.audit import Audit
 from alise_operator.images import DefaultImages
 from alise_operator.kube import NotThereError, RefusedError, UnavailableError
-from alise_operator.leadership import Leadership, leads
+from alise_operator.leadership import CLUSTER_PEERING, Leadership, leads
 from alise_operator.manifests.kinds import ALISE_SERVICE, KINDS, OPTIONAL, Kind
 from alise_operator.metrics import Metrics
 from alise_operator.optional_apis import OptionalApis
@@ -239,6 +239,25 @@ def test_an_invalid_spec_touches_no_child(world: World) -> None:
     assert world.reconcile() == []
 
 
+def ready_sample(world: World) -> float | None:
+    labels = {"namespace": "default", "name": "qwen"}
+    return world.metrics.registry.get_sample_value("alise_operator_service_ready", labels)
+
+
+def test_no_alert_for_a_service_that_is_scaled_to_zero_or_gone(world: World) -> None:
+    world.reconcile()
+    assert ready_sample(world) == 0.0
+    world.user_applies(replicas=0)
+    world.reconcile()
+    assert ready_sample(world) is None
+    world.user_applies(replicas=1)
+    world.reconcile()
+    assert ready_sample(world) == 0.0
+    world.store.drop(ObjectName(ALISE_SERVICE, *KEY))
+    world.reconcile()
+    assert ready_sample(world) is None
+
+
 def test_a_deleted_service_is_left_to_the_garbage_collector(world: World) -> None:
     world.reconcile()
     body = world.kube.objects[ObjectName(ALISE_SERVICE, *KEY)]
@@ -316,6 +335,14 @@ def peer(priority: int, age_s: float = 0.0) -> dict[str, Any]:
 )
 def test_who_leads(others: dict[str, Any], expected: bool) -> None:
     assert leads(others, "me", 5, NOW) is expected
+
+
+def test_a_guard_without_its_crd_says_what_to_install() -> None:
+    kube = FakeKube()
+    kube.absent.add(CLUSTER_PEERING)
+    guarded = Leadership(kube, "alise-operator", (), "me", 1)  # type: ignore[arg-type]
+    with pytest.raises(NotThereError, match=r"install kopf's CRDs .* or run without --peering"):
+        asyncio.run(guarded.prepare())
 
 
 def test_each_key_is_worked_on_once_at_a_time_and_again_after_news() -> None:

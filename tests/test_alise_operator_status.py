@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from alise_operator.api.crd import root_schema
 from alise_operator.manifests.kinds import LWS, SCALED_OBJECT
-from alise_operator.status.conditions import invalid_spec
 from alise_operator.status.failures import failures_of
 from alise_operator.status.observation import Observation, WorkloadState, workload_state
-from alise_operator.status.status import announcements, dated, service_status
+from alise_operator.status.status import announcements, invalid_status, service_status
 from operator_fixtures import LOADING, RUNNING, pod, view, waiting
 
 NOW, LATER = "2026-01-01T00:00:00Z", "2026-01-01T00:05:00Z"
@@ -143,8 +143,6 @@ def test_a_finished_init_container_is_no_failure() -> None:
 
 def test_a_pod_that_is_asked_to_end_has_not_failed() -> None:
     body = pod(engine=ended(0, "", "Completed"))
-    from dataclasses import replace
-
     assert failures_of(body)
     assert not failures_of(replace(body, is_ending=True))
 
@@ -218,12 +216,37 @@ def test_events_tell_of_transitions_only() -> None:
     ]
 
 
-def test_an_invalid_spec_leaves_the_other_conditions_alone() -> None:
+def test_with_an_invalid_spec_nobody_knows_whether_enough_replicas_serve() -> None:
     good = pod(engine=RUNNING, predictor=RUNNING, ready=True)
     before = status(Observation(1, UP, (good,)))
-    after = {"conditions": dated(invalid_spec("spec.replicas: no"), before, LATER, 2)}
+    after = invalid_status("spec.replicas: no", Observation(2, UP, (good,)), before, LATER)
     assert verdict(after, "SpecValid") == ("False", "InvalidSpec")
-    assert verdict(after, "Ready") == ("True", "AllReplicasReady")
+    assert verdict(after, "Degraded") == ("True", "InvalidSpec")
+    assert verdict(after, "Ready") == ("Unknown", "InvalidSpec")
+    assert message(after, "Ready").startswith("1 replicas serve")
+    assert verdict(after, "PredictorReady") == ("True", "PredictorsRun")
+    assert after["resolvedImages"] == before["resolvedImages"]
+    assert [(a.type, a.reason) for a in announcements(before, after)] == [
+        ("Warning", "InvalidSpec")
+    ]
+    # What happens to the pods meanwhile is still told.
+    bad = pod(engine=ended(1, "oops"), predictor=RUNNING)
+    crashed = invalid_status("spec.replicas: no", Observation(2, DOWN, (bad,)), after, LATER)
+    assert (crashed["readyReplicas"], crashed["lastFailure"]["message"]) == (0, "oops")
+
+
+def test_an_engine_that_is_ending_no_longer_counts() -> None:
+    good = pod(engine=RUNNING, predictor=RUNNING, ready=True)
+    assert verdict(status(Observation(1, UP, (good,))), "EngineReady")[0] == "True"
+    ending = replace(good, is_ending=True)
+    assert verdict(status(Observation(1, DOWN, (ending,))), "EngineReady")[0] == "False"
+
+
+def test_images_that_a_paused_service_does_not_run_yet_are_not_claimed() -> None:
+    before = status(Observation(1, UP))
+    paused = status(Observation(2, UP), before, paused=True, engine={"image": "engine:2"})
+    assert paused["resolvedImages"] == before["resolvedImages"]
+    assert "resolvedImages" not in status(Observation(1, DOWN), paused=True)
 
 
 def test_what_a_deployment_says() -> None:
@@ -243,3 +266,5 @@ def test_what_a_deployment_says() -> None:
     assert workload_state(body) == WorkloadState(2, 1, 2, True, "quota", True)
     assert workload_state(None) == WorkloadState()
     assert not workload_state({"metadata": {"generation": 1}}).is_current
+    older_group = {"metadata": {"generation": 2}, "status": {"replicas": 1, "readyReplicas": 1}}
+    assert workload_state(older_group).is_current

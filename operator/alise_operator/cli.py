@@ -18,7 +18,7 @@ from alise_operator.api.crd import crd_yaml
 from alise_operator.api.reference import reference_markdown
 from alise_operator.images import DefaultImages
 from alise_operator.process import run as run_operator
-from alise_operator.settings import DEFAULT_PORT, Settings
+from alise_operator.settings import Settings
 
 app = typer.Typer(
     add_completion=False,
@@ -83,7 +83,7 @@ def run(
             max=65535,
             help="Port of /healthz, /readyz and /metrics.",
         ),
-    ] = DEFAULT_PORT,
+    ] = 8080,
     workers: Annotated[
         int,
         typer.Option(

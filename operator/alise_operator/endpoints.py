@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
@@ -17,7 +17,7 @@ async def endpoints(
 ) -> AsyncIterator[None]:
     """Serve inside the block, on the operator's own event loop: a stall shows as a timeout."""
 
-    def probe(holds: Callable[[], bool]) -> Callable[[web.Request], object]:
+    def probe(holds: Callable[[], bool]) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def answer(_: web.Request) -> web.Response:
             return web.Response(text="ok") if holds() else web.Response(status=503, text="no")
 
@@ -28,8 +28,8 @@ async def endpoints(
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     application = web.Application()
-    application.router.add_get("/healthz", probe(is_healthy))  # type: ignore[arg-type]
-    application.router.add_get("/readyz", probe(is_ready))  # type: ignore[arg-type]
+    application.router.add_get("/healthz", probe(is_healthy))
+    application.router.add_get("/readyz", probe(is_ready))
     application.router.add_get("/metrics", page)
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()

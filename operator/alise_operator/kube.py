@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from itertools import count
 from typing import Any, Final
 
 import httpx2 as httpx
@@ -54,7 +55,7 @@ class Kube:
 
     async def get(self, kind: Kind, namespace: str | None, name: str) -> dict[str, Any] | None:
         """Return an object, None if there is none; `namespace` is None for those of the cluster."""
-        where = {"namespace": namespace} if kind.is_namespaced else {}
+        where: dict[str, Any] = {"namespace": namespace} if kind.is_namespaced else {}
         try:
             answer: dict[str, Any] = await self._call(
                 "get", kind, self._client.get, self._resource(kind), name, **where
@@ -107,11 +108,13 @@ class Kube:
         pages = self._client.list(
             self._resource(kind), namespace=namespace or "*", chunk_size=_CHUNK, labels=labels
         ).__aiter__()
-        while True:
-            try:
-                yield await self._call("list", kind, anext, pages)
-            except StopAsyncIteration:
+        for index in count():
+            # The other items of a page cost no request. (A full last page counts for two.)
+            brings_page = index % _CHUNK == 0
+            item = await self._call("list", kind, anext, pages, None, is_request=brings_page)
+            if item is None:
                 return
+            yield item
 
     async def exists(self, kind: Kind, namespace: str | None) -> bool:
         """Say whether the API server knows a kind."""
@@ -146,7 +149,13 @@ class Kube:
         return answer
 
     async def _call(
-        self, verb: str, kind: Kind, method: Callable[..., Any], *args: Any, **kwargs: Any
+        self,
+        verb: str,
+        kind: Kind,
+        method: Callable[..., Any],
+        *args: Any,
+        is_request: bool = True,
+        **kwargs: Any,
     ) -> Any:
         code = "none"
         try:
@@ -158,7 +167,8 @@ class Kube:
         except (httpx.HTTPError, asyncio.TimeoutError, OSError) as error:
             raise UnavailableError(f"{type(error).__name__}: {error}") from error
         finally:
-            self._metrics.requests.labels(verb, kind.kind, code).inc()
+            if is_request:
+                self._metrics.requests.labels(verb, kind.kind, code).inc()
         return answer
 
 

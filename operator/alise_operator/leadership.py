@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
-from alise_operator.kube import Kube, RefusedError, UnavailableError
+from alise_operator.kube import Kube, NotThereError, RefusedError, UnavailableError
 from alise_operator.manifests.kinds import Kind
 
 PEERING: Final = Kind("kopf.dev", "v1", "KopfPeering", "kopfpeerings", "kopf")
@@ -55,9 +55,14 @@ class Leadership:
         kind = PEERING if self.namespaces else CLUSTER_PEERING
         for namespace in self.namespaces or (None,):
             metadata = {"name": self.name, **({"namespace": namespace} if namespace else {})}
-            await self.kube.apply(
-                kind, {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": metadata}
-            )
+            body = {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": metadata}
+            try:
+                await self.kube.apply(kind, body)
+            except NotThereError as error:
+                raise NotThereError(
+                    f"no {kind.kind} can be made: {error}; install kopf's CRDs (the chart does, by "
+                    "crds.installPeering), or run without --peering"
+                ) from error
 
     async def holds(self) -> bool:
         """Say whether this operator leads, as of some seconds ago."""

@@ -41,7 +41,7 @@ class Metrics:
         )
         self.ready = Gauge(
             "alise_operator_service_ready",
-            "1 while the service's condition Ready is true.",
+            "1 while the service's condition Ready is true; absent while it is scaled to zero.",
             ["namespace", "name"],
             registry=registry,
         )

@@ -10,7 +10,7 @@ from alise_operator.manifests.kinds import OPTIONAL, Kind
 
 @dataclass(slots=True)
 class OptionalApis:
-    """Asked of the API server when something hints at a change, and by each audit."""
+    """Asked of the API server at start and every `Settings.discovery_s` seconds."""
 
     kube: Kube
     namespace: str | None

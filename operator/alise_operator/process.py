@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from contextlib import suppress
+from typing import Any
 
 import httpx2 as httpx
 import kopf
@@ -13,14 +15,15 @@ from lightkube import AsyncClient
 from alise_operator.audit import Audit
 from alise_operator.endpoints import endpoints
 from alise_operator.handlers import configure, register
-from alise_operator.kube import Kube, UnavailableError
+from alise_operator.kube import Kube, NotThereError, RefusedError, UnavailableError
 from alise_operator.leadership import Leadership
 from alise_operator.metrics import Metrics
 from alise_operator.optional_apis import OptionalApis
 from alise_operator.reconcile import Reconciler
 from alise_operator.settings import Settings
 from alise_operator.store import Key, Store
-from alise_operator.work_queue import WorkQueue
+from alise_operator.watching import watch_until_stopped
+from alise_operator.work_queue import RetryLaterError, WorkQueue
 
 _log = logging.getLogger(__name__)
 
@@ -60,73 +63,92 @@ class Operator:
             settings.namespaces or (None,),
             self.apis.absent,
         )
+        self.metrics.queued.set_function(lambda: len(self.queue))
+        self.metrics.services.set_function(lambda: len(self.store.services()))
         self._is_stopping = asyncio.Event()
-        self.is_ready = asyncio.Event()
+        self._is_ready = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether watches deliver, and all that runs beside them still does."""
+        return self.audit.is_healthy and not any(task.done() for task in self._tasks)
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT."""
-        registry, kopf_settings = kopf.OperatorRegistry(), kopf.OperatorSettings()
-        is_cluster_wide = not self.settings.namespaces
-        configure(kopf_settings, is_cluster_wide=is_cluster_wide)
-        register(registry, self.store, self.queue)
         await self._prepare()
-        tasks = [
-            asyncio.create_task(self.queue.run(self.settings.workers)),
-            asyncio.create_task(self._follow_apis()),
-            asyncio.create_task(self._audit()),
-        ]
+        self._start(self.queue.run(self.settings.workers), "the work queue")
+        self._start(self._follow_apis(), "the look for optional APIs")
+        self._start(self._audit(), "the audit")
         try:
             async with endpoints(
-                self.settings.port, self.metrics, self._is_healthy, self.is_ready.is_set
+                self.settings.port, self.metrics, lambda: self.is_healthy, self._is_ready.is_set
             ):
-                self.is_ready.set()
-                await kopf.operator(
-                    registry=registry,
-                    settings=kopf_settings,
-                    clusterwide=is_cluster_wide,
-                    namespaces=self.settings.namespaces,
-                    standalone=self.settings.peering is None,
-                    peering_name=self.settings.peering,
-                    priority=self.settings.priority,
-                    identity=self.settings.identity,  # type: ignore[arg-type]
-                )
+                await watch_until_stopped(self._watch, self._is_ready, self.audit.run_once)
         finally:
-            await self._finish(tasks)
+            await self._finish()
+
+    async def _watch(self, has_begun: asyncio.Event, stop: asyncio.Event) -> None:
+        registry, settings = kopf.OperatorRegistry(), kopf.OperatorSettings()
+        is_cluster_wide = not self.settings.namespaces
+        configure(settings, is_cluster_wide=is_cluster_wide)
+        register(registry, self.store, self.queue)
+        await kopf.operator(
+            registry=registry,
+            settings=settings,
+            ready_flag=has_begun,
+            stop_flag=stop,
+            clusterwide=is_cluster_wide,
+            namespaces=self.settings.namespaces,
+            standalone=self.settings.peering is None,
+            peering_name=self.settings.peering,
+            priority=self.settings.priority,
+            identity=self.settings.identity,  # type: ignore[arg-type]
+        )
+
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run `work` until the operator ends; an end before that is a bug, and unhealthy."""
+
+        def report(task: asyncio.Task[None]) -> None:
+            if not task.cancelled():
+                _log.error("%s has ended", name, exc_info=task.exception())
+
+        task = asyncio.create_task(work)
+        task.add_done_callback(report)
+        self._tasks.append(task)
 
     async def _prepare(self) -> None:
-        """Do what must be done before anything is watched, however long the API server is away."""
+        """Do what must be done before anything is watched, however long it takes to be possible.
+
+        The API server may be away; rights and CRDs may come a little after the operator.
+        """
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
                 await self.leadership.prepare()
                 await self.apis.refresh()
-            except UnavailableError as error:
-                _log.warning("the API server does not answer yet: %s", error)
+            except (UnavailableError, RefusedError, NotThereError) as error:
+                _log.warning("cannot start yet: %s", error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LAST_PAUSE_S)
             else:
                 self._log_apis()
                 return
 
-    async def _finish(self, tasks: list[asyncio.Task[None]]) -> None:
+    async def _finish(self) -> None:
         """Let reconciles that run come to their end, then stop."""
         self._is_stopping.set()
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._until_idle(), _DRAIN_S)
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _until_idle(self) -> None:
         while not self.queue.is_idle:
             await asyncio.sleep(0.05)
 
-    def _is_healthy(self) -> bool:
-        return self.audit.is_healthy
-
     async def _work(self, key: Key) -> None:
-        self.metrics.queued.set(len(self.queue))
-        self.metrics.services.set(len(self.store.services()))
         if self._is_stopping.is_set():
             return
         if not await self.leadership.holds():
@@ -135,7 +157,7 @@ class Operator:
         with self.metrics.reconcile_s.time():
             try:
                 await self.reconciler.reconcile(key)
-            except Exception:
+            except RetryLaterError:
                 self.metrics.reconciles.labels("retried").inc()
                 raise
         self.metrics.reconciles.labels("done").inc()

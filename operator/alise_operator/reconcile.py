@@ -7,7 +7,7 @@ of kopf or of watches; whoever calls it says only which service may have changed
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -30,14 +30,14 @@ from alise_operator.manifests.service_view import ServiceView
 from alise_operator.metrics import Metrics
 from alise_operator.optional_apis import OptionalApis
 from alise_operator.plan import APPLIED, Child, digest, plan
-from alise_operator.status.conditions import invalid_spec
-from alise_operator.status.observation import Observation, workload_state
+from alise_operator.status.conditions import SCALED_TO_ZERO
+from alise_operator.status.observation import Observation, WorkloadState, workload_state
 from alise_operator.status.status import (
     Announcement,
     Status,
     announcements,
-    dated,
     images_status,
+    invalid_status,
     service_status,
 )
 from alise_operator.store import Key, Store
@@ -94,9 +94,8 @@ class Reconciler:
         try:
             spec = ALISEServiceSpec.model_validate(body["spec"])
         except ValidationError as error:
-            verdicts = invalid_spec(_readable(error))
-            status = {**previous, "observedGeneration": generation}
-            status["conditions"] = dated(verdicts, previous, self.now(), generation)
+            seen = Observation(generation, self._workload(key, WORKLOADS), self.store.pods(key))
+            status = invalid_status(_readable(error), seen, previous, self.now())
             await self._publish(key, body, previous, status)
             return
         images = resolve_images(spec, previous, self.images)
@@ -111,7 +110,7 @@ class Reconciler:
         refused = [] if spec.paused else await self._carry_out(key, service, rendered.manifests)
         seen = Observation(
             generation=generation,
-            workload=workload_state(self._workload(key, rendered.manifests)),
+            workload=self._workload(key, map(kind_of, rendered.manifests)),
             pods=self.store.pods(key),
             missing=rendered.missing,
             refused=tuple(refused),
@@ -180,17 +179,19 @@ class Reconciler:
                 "delete or rename it, or give the ALISEService another name"
             )
 
-    def _workload(self, key: Key, manifests: tuple[Manifest, ...]) -> Any:
-        wanted = {kind_of(manifest) for manifest in manifests} & set(WORKLOADS)
+    def _workload(self, key: Key, kinds: Iterable[Kind]) -> WorkloadState:
+        wanted = set(kinds) & set(WORKLOADS)
         children = [child for child in self.store.children(key) if child.kind in wanted]
-        return children[0].body if children else None
+        return workload_state(children[0].body if children else None)
 
     async def _publish(
         self, key: Key, body: dict[str, Any], previous: Status, status: Status
     ) -> None:
-        ready = [item for item in status["conditions"] if item["type"] == "Ready"]
-        is_ready = any(item["status"] == "True" for item in ready)
-        self.metrics.ready.labels(key.namespace, key.name).set(is_ready)
+        (ready,) = [item for item in status["conditions"] if item["type"] == "Ready"]
+        if ready["reason"] == SCALED_TO_ZERO:
+            self._forget_ready(key)  # as was wished: nobody needs to be woken
+        else:
+            self.metrics.ready.labels(key.namespace, key.name).set(ready["status"] == "True")
         if status == previous:
             return
         await self._write_status(body, status)
@@ -212,6 +213,9 @@ class Reconciler:
     def _forget(self, key: Key) -> None:
         for known in [known for known in self._settled if known[0] == key]:
             del self._settled[known]
+        self._forget_ready(key)
+
+    def _forget_ready(self, key: Key) -> None:
         with suppress(KeyError):
             self.metrics.ready.remove(key.namespace, key.name)
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 from alise_operator.images import DefaultImages
-
-DEFAULT_PORT: Final = 8080
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,18 +12,19 @@ class Settings:
     """Scope, names and limits of one operator process."""
 
     images: DefaultImages
-    namespaces: tuple[str, ...] = ()
+    namespaces: tuple[str, ...]
     """Namespaces to serve; empty: the whole cluster."""
-    peering: str | None = None
+    peering: str | None
     """Name of the peering object that guards against a second operator; None: no guard."""
-    priority: int = 0
+    priority: int
     """Of two operators, the one with the higher priority works."""
-    identity: str = "alise-operator"
-    port: int = DEFAULT_PORT
+    identity: str
+    """Name of this process among peers."""
+    port: int
     """Port of health and metrics; 0 lets the system choose."""
-    workers: int = 4
+    workers: int
     """Services reconciled at once."""
-    discovery_s: float = 30.0
+    discovery_s: float
     """Time between looks for optional APIs that came or went, seconds."""
-    audit_s: float = 300.0
+    audit_s: float
     """Time between audits for missed changes, seconds."""

@@ -49,12 +49,6 @@ class WorkQueue(Generic[KeyT]):
             if key not in self._active:
                 self._put(key)
 
-    def forget(self, key: KeyT) -> None:
-        """Drop what is known of failures of `key`."""
-        self._failures.pop(key, None)
-        if timer := self._timers.pop(key, None):
-            timer.cancel()
-
     def __len__(self) -> int:
         return len(self._queued)
 

@@ -70,11 +70,7 @@ def _allowed(field: Schema) -> str:
         return f"{low if low is not None else ''} to {high if high is not None else ''}".strip()
     if "pattern" in field:
         return _code_text(field["pattern"])
-    for key, what in (
-        ("maxLength", "characters"),
-        ("maxItems", "items"),
-        ("maxProperties", "keys"),
-    ):
+    for key, what in _LIMITS:
         if key in field:
             return f"at most {field[key]} {what}"
     return ""

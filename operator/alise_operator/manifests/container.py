@@ -63,6 +63,11 @@ def mount(name: str, path: str, **more: Any) -> dict[str, Any]:
     return {"name": name, "mountPath": path, **more}
 
 
+def claim_volume(name: str, claim: str) -> dict[str, Any]:
+    """Return a volume of the user's claim, which is only read."""
+    return {"name": name, "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
+
+
 def variables(values: dict[str, str]) -> list[dict[str, Any]]:
     """Return environment variables as Kubernetes writes them."""
     return [{"name": name, "value": value} for name, value in values.items()]

@@ -57,6 +57,7 @@ def engine_container(service: ServiceView, *, is_worker: bool = False) -> dict[s
             mount("home", HOME_DIR),
             mount("tmp", "/tmp"),  # noqa: S108 # an emptyDir of the pod
             mount("shm", "/dev/shm"),  # noqa: S108
+            mount("cache", model.CACHE_DIR),
             *model.base_model(service).mounts,
             *model.adapters(service).mounts,
         ],

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from alise_operator.api.model import EMBEDDED
+from alise_operator.manifests.container import claim_volume, mount
 from alise_operator.manifests.service_view import ServiceView
 
 CACHE_DIR: Final = "/var/cache/alise"
@@ -30,15 +31,15 @@ def base_model(service: ServiceView) -> Weights:
     scheme, _, rest = model.uri.partition("://")
     if scheme == "hf":
         revision = ("--revision", model.revision) if model.revision else ()
-        return Weights((rest, *revision), (_cache_volume(service),), (_mount("cache", CACHE_DIR),))
+        return Weights((rest, *revision))
     if scheme == "s3":  # streamed from the bucket into the accelerator, nothing on disk
         return Weights((model.uri, "--load-format", "runai_streamer"))
-    mounts = (_mount("model", _MODEL_DIR, read_only=True),)
+    mounts = (mount("model", _MODEL_DIR, readOnly=True),)
     if scheme == "oci":
         source = {"reference": rest, "pullPolicy": service.spec.engine.image_pull_policy}
         return Weights((_MODEL_DIR,), ({"name": "model", "image": source},), mounts)
     claim, _, path = rest.partition("/")
-    return Weights((_join(_MODEL_DIR, path),), (_claim_volume("model", claim),), mounts)
+    return Weights((_join(_MODEL_DIR, path),), (claim_volume("model", claim),), mounts)
 
 
 def adapters(service: ServiceView) -> Weights:
@@ -52,8 +53,8 @@ def adapters(service: ServiceView) -> Weights:
         if scheme == "pvc":
             claim, _, path = rest.partition("/")
             folder = f"{_ADAPTERS_DIR}/{adapter.name}"
-            volumes.append(_claim_volume(f"adapter-{index}", claim))
-            mounts.append(_mount(f"adapter-{index}", folder, read_only=True))
+            volumes.append(claim_volume(f"adapter-{index}", claim))
+            mounts.append(mount(f"adapter-{index}", folder, readOnly=True))
             rest = _join(folder, path)
         modules.append(f"{adapter.name}={rest}")
     options = ["--enable-lora", "--max-lora-rank", str(lora.max_rank)]
@@ -61,18 +62,14 @@ def adapters(service: ServiceView) -> Weights:
     return Weights(tuple(options), tuple(volumes), tuple(mounts))
 
 
-def _cache_volume(service: ServiceView) -> dict[str, Any]:
+def cache_volume(service: ServiceView) -> dict[str, Any]:
+    """Return the volume at `CACHE_DIR`, kept over restarts where there is a claim.
+
+    There always is one: adapters and draft models may come from the hub though the model does not.
+    """
     if claim := service.cache_claim:
         return {"name": "cache", "persistentVolumeClaim": {"claimName": claim}}
     return {"name": "cache", "emptyDir": {}}
-
-
-def _claim_volume(name: str, claim: str) -> dict[str, Any]:
-    return {"name": name, "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
-
-
-def _mount(name: str, path: str, *, read_only: bool = False) -> dict[str, Any]:
-    return {"name": name, "mountPath": path, **({"readOnly": True} if read_only else {})}
 
 
 def _join(folder: str, path: str) -> str:

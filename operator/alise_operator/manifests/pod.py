@@ -6,7 +6,7 @@ from typing import Any
 
 from alise_operator.api.base import GROUP, names
 from alise_operator.manifests import model
-from alise_operator.manifests.container import POD_SECURITY, gib
+from alise_operator.manifests.container import POD_SECURITY, claim_volume, gib
 from alise_operator.manifests.engine import PRE_STOP_S, engine_container
 from alise_operator.manifests.merge import merged
 from alise_operator.manifests.predictor import predictor_container, seed_container
@@ -64,6 +64,7 @@ def _volumes(service: ServiceView, *, is_worker: bool) -> list[dict[str, Any]]:
         {"name": "home", "emptyDir": {}},
         {"name": "tmp", "emptyDir": {}},
         {"name": "shm", "emptyDir": shm},
+        model.cache_volume(service),
         *model.base_model(service).volumes,
         *model.adapters(service).volumes,
     ]
@@ -74,8 +75,7 @@ def _volumes(service: ServiceView, *, is_worker: bool) -> list[dict[str, Any]]:
         {"name": "policy", "configMap": {"name": service.policy_config_map}},
     ]
     if reference := spec.predictor.model_ref:
-        claim = {"claimName": reference.claim_name, "readOnly": True}
-        volumes.append({"name": "seed", "persistentVolumeClaim": claim})
+        volumes.append(claim_volume("seed", reference.claim_name))
     return volumes
 
 

@@ -32,7 +32,7 @@ def horizontal_pod_autoscaler(service: ServiceView, wanted: AutoscalingSpec) -> 
 
 def scaled_object(service: ServiceView, wanted: AutoscalingSpec) -> Manifest:
     """Return KEDA's ScaledObject, which asks Prometheus."""
-    pods = f'namespace="{service.namespace}",pod=~"{service.name}-.+"'
+    pods = f'namespace="{service.namespace}",pod=~"{_pod_names(service)}"'
     trigger = {
         "type": "prometheus",
         "metricType": "AverageValue",
@@ -50,6 +50,16 @@ def scaled_object(service: ServiceView, wanted: AutoscalingSpec) -> Manifest:
         "triggers": [trigger],
     }
     return child(service, SCALED_OBJECT, service.name, spec=content)
+
+
+def _pod_names(service: ServiceView) -> str:
+    """Return a regular expression for the names of the serving pods, and of no other service's.
+
+    A service `chat` must not scale by the backlog of `chat-large`. The API server shortens long
+    names, and may take the hyphen with it, before it appends five random characters.
+    """
+    end = "[0-9]+" if service.nodes > 1 else "[a-z0-9]{1,10}-?[a-z0-9]{5}"
+    return f"{service.name}-{end}"
 
 
 def _target(service: ServiceView) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from alise_operator.manifests.predictor import PREDICTOR
 from alise_operator.status.failures import Failure, failures_of
 from alise_operator.status.observation import Observation
 
+SCALED_TO_ZERO: Final = "ScaledToZero"
 _MAX_MESSAGE: Final = 2048
 
 
@@ -31,11 +32,21 @@ def _verdict(name: str, holds: bool | None, reason: str, message: str = "") -> V
     return Verdict(name, status, reason, message[:_MAX_MESSAGE])
 
 
-def invalid_spec(message: str) -> tuple[Verdict, ...]:
-    """Return the verdicts on a spec that cannot be read; pods that run are left alone."""
+def invalid_spec(message: str, seen: Observation) -> tuple[Verdict, ...]:
+    """Return the verdicts on a spec that cannot be read; pods that run are left alone.
+
+    How many replicas should serve is unknown then, so whether all do is as well.
+    """
+    failures = [failure for pod in seen.pods for failure in failures_of(pod)]
+    predictor = [failure for failure in failures if failure.container == PREDICTOR]
+    ready = f"{seen.workload.ready} replicas serve, as an earlier spec asked for"
     return (
+        _verdict("Ready", None, "InvalidSpec", ready),
         _verdict("SpecValid", False, "InvalidSpec", message),
+        _verdict("EngineReady", None, "InvalidSpec", ready),
+        _predictor_ready(seen, predictor),
         _verdict("Progressing", False, "InvalidSpec", "nothing is changed until the spec is valid"),
+        _verdict("Degraded", True, "InvalidSpec", message),
     )
 
 
@@ -59,7 +70,7 @@ def _ready(spec: ALISEServiceSpec, seen: Observation, failures: list[Failure]) -
     work = seen.workload
     ready = f"{work.ready} of {spec.replicas} replicas serve"
     if spec.replicas == 0:
-        return _verdict("Ready", False, "ScaledToZero", "spec.replicas is 0: nothing serves")
+        return _verdict("Ready", False, SCALED_TO_ZERO, "spec.replicas is 0: nothing serves")
     if work.is_current and work.ready >= spec.replicas:
         return _verdict("Ready", True, "AllReplicasReady", ready)
     reason, message = _why_not(seen, failures)
@@ -93,12 +104,12 @@ def _engine_ready(spec: ALISEServiceSpec, seen: Observation, failures: list[Fail
     ready = [
         pod
         for pod in seen.pods
-        if (engine := pod.container(ENGINE)) is not None and engine.is_ready
+        if not pod.is_ending and (engine := pod.container(ENGINE)) is not None and engine.is_ready
     ]
     if spec.replicas and len(ready) >= spec.replicas and not failures:
         return _verdict("EngineReady", True, "EnginesServe")
     if spec.replicas == 0:
-        return _verdict("EngineReady", False, "ScaledToZero")
+        return _verdict("EngineReady", False, SCALED_TO_ZERO)
     reason, message = _why_not(seen, failures)
     return _verdict("EngineReady", False, reason, message)
 

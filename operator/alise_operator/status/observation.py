@@ -45,13 +45,14 @@ def workload_state(body: Mapping[str, Any] | None) -> WorkloadState:
     status = body.get("status") or {}
     conditions = {item["type"]: item for item in status.get("conditions") or ()}
     failure, progress = conditions.get("ReplicaFailure", {}), conditions.get("Progressing", {})
-    # A LeaderWorkerSet without this field is not caught lying; a Deployment has it.
     generation = body["metadata"].get("generation", 0)
+    # Older LeaderWorkerSets do not say which spec they have seen: what they say is then believed.
+    observed = status.get("observedGeneration", generation if status else 0)
     return WorkloadState(
         replicas=status.get("replicas", 0),
         ready=status.get("readyReplicas", 0),
         updated=status.get("updatedReplicas", 0),
-        is_current=status.get("observedGeneration", 0) >= generation,
+        is_current=observed >= generation,
         refusal=failure.get("message", "") if failure.get("status") == "True" else "",
         is_stuck=progress.get("reason") == "ProgressDeadlineExceeded",
     )

@@ -10,7 +10,7 @@ from alise_operator.api.service import ALISEServiceSpec
 from alise_operator.api.status import ResolvedImages
 from alise_operator.manifests.network import url
 from alise_operator.manifests.service_view import SERVICE_LABEL, ServiceView
-from alise_operator.status.conditions import Verdict, conditions
+from alise_operator.status.conditions import Verdict, conditions, invalid_spec
 from alise_operator.status.failures import Failure, failures_of, latest
 from alise_operator.status.observation import Observation
 
@@ -40,19 +40,35 @@ def service_status(
     """
     spec: ALISEServiceSpec = service.spec
     status: Status = {
+        **_seen(seen, previous),
+        "selector": f"{SERVICE_LABEL}={service.name}",
+        "url": url(service),
+        "conditions": dated(conditions(spec, seen), previous, now, seen.generation),
+    }
+    # While it is paused, what runs is what was chosen before.
+    images = previous.get("resolvedImages") if spec.paused else images_status(service.images)
+    return {**status, "resolvedImages": images} if images else status
+
+
+def invalid_status(
+    message: str, seen: Observation, previous: Mapping[str, Any], now: str
+) -> Status:
+    """Return the status of a service whose spec cannot be read, for the reason `message`."""
+    verdicts = dated(invalid_spec(message, seen), previous, now, seen.generation)
+    return {**previous, **_seen(seen, previous), "conditions": verdicts}
+
+
+def _seen(seen: Observation, previous: Mapping[str, Any]) -> Status:
+    """Return the part of the status that follows from pods and workload alone."""
+    failures = [failure for pod in seen.pods for failure in failures_of(pod)]
+    last = _last_failure(latest(failures), previous)
+    return {
         "observedGeneration": seen.generation,
         "replicas": seen.workload.replicas,
         "readyReplicas": seen.workload.ready,
         "updatedReplicas": seen.workload.updated,
-        "selector": f"{SERVICE_LABEL}={service.name}",
-        "url": url(service),
-        "resolvedImages": images_status(service.images),
-        "conditions": dated(conditions(spec, seen), previous, now, seen.generation),
+        **({"lastFailure": last} if last else {}),
     }
-    failures = [failure for pod in seen.pods for failure in failures_of(pod)]
-    if last := _last_failure(latest(failures), previous):
-        status["lastFailure"] = last
-    return status
 
 
 def images_status(images: ResolvedImages) -> dict[str, str]:
@@ -100,7 +116,7 @@ def _last_failure(failure: Failure | None, previous: Mapping[str, Any]) -> dict[
 
 
 def announcements(previous: Mapping[str, Any], status: Status) -> list[Announcement]:
-    """Return events for the conditions Ready and Degraded that changed, and for a broken spec."""
+    """Return events for the conditions Ready, Degraded and IntegrationsReady that changed."""
     before = {item["type"]: item for item in previous.get("conditions") or ()}
     found = []
     for condition in status["conditions"]:
@@ -115,6 +131,6 @@ def announcements(previous: Mapping[str, Any], status: Status) -> list[Announcem
                 found.append(Announcement("Warning", condition["reason"], condition["message"]))
             case "Degraded" if old["status"] == "True":
                 found.append(Announcement("Normal", "Recovered", "nothing is wrong any more"))
-            case "SpecValid" | "IntegrationsReady" if not holds:
+            case "IntegrationsReady" if not holds:
                 found.append(Announcement("Warning", condition["reason"], condition["message"]))
     return found
