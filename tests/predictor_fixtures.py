@@ -30,10 +30,11 @@ def table_arrays(seed: int = 0) -> dict[str, Any]:
     embedding = rng.normal(size=(VOCABULARY, DIMENSIONS)) / DIMENSIONS**0.5
     return {
         "embedding": embedding.astype(np.float16),
+        "meaning": embedding[::-1].astype(np.float16),
         "text_bytes": np.frombuffer(b"".join(TEXTS), dtype=np.uint8),
         "text_offsets": offsets,
         "source_sha256": np.full(32, seed, dtype=np.uint8),
-        "format_version": np.int64(1),
+        "format_version": np.int64(2),
     }
 
 

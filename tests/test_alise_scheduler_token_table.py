@@ -45,10 +45,11 @@ def test_fingerprint_is_of_the_source_not_of_rounding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": np.int64(2)}, "version 2"),
+        ({"format_version": np.int64(1)}, "version 1, expected 2"),
         ({"embedding": None}, "lacks the array 'embedding'"),
         ({"embedding": np.zeros((VOCABULARY, 3), np.float16)}, "shape"),
         ({"embedding": np.zeros((VOCABULARY, 256), np.float32)}, "float32"),
+        ({"meaning": np.zeros((VOCABULARY - 1, 256), np.float16)}, "meaning of shape"),
         ({"embedding": np.full((VOCABULARY, 256), np.nan, np.float16)}, "finite"),
         ({"text_offsets": np.zeros(3, np.int64)}, "offsets"),
         ({"text_offsets": np.arange(VOCABULARY + 1, dtype=np.int64) * -1}, "ascend"),

@@ -14,10 +14,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from alise_scheduler.answer_features import ANSWER_LEXICAL, ANSWER_WIDTH
+from alise_scheduler.answer_features import ANSWER_LEXICAL, ANSWER_WIDTH, LINES
+from alise_scheduler.answer_lines import projected
 from alise_scheduler.conditioning import conditioned
 from alise_scheduler.lengths import QUANTILE_LEVELS, remaining_after
-from alise_scheduler.prompt_features import LEXICAL, NUMERIC, PROMPT_WIDTH, PromptFeatures
+from alise_scheduler.prompt_features import ASKED, LEXICAL, NUMERIC, PROMPT_WIDTH, PromptFeatures
 from alise_scheduler.quantile_model import QuantileModel, fit_quantiles, pinball
 from alise_scheduler.retrieval import Retrieval, fit_retrieval
 from alise_scheduler.ridge import Bag, BagMatrix, Ridge, bag_matrix, fit_ridge
@@ -35,13 +36,14 @@ _SHARES: Final = tuple(i / 10 for i in range(11))
 
 _PROMPT_BLOCKS: Final = (
     (0, LEXICAL),
-    *((LEXICAL + i * DIMENSIONS, LEXICAL + (i + 1) * DIMENSIONS) for i in range(2)),
+    *((LEXICAL + i * DIMENSIONS, LEXICAL + (i + 1) * DIMENSIONS) for i in range(3)),
 )
+# In front what the trees see, too: the arrival model's prediction, the list's projected rest.
+_OUTLOOK: Final = 6
 _ANSWER_BLOCKS: Final = (
-    (0, ANSWER_LEXICAL),
-    (ANSWER_LEXICAL, ANSWER_WIDTH),
-    # The prompt's lexical features and the arrival model's prediction.
-    (ANSWER_WIDTH, ANSWER_WIDTH + LEXICAL + 2),
+    (0, 2),
+    (2, _OUTLOOK + ANSWER_LEXICAL),
+    (_OUTLOOK + ANSWER_LEXICAL, _OUTLOOK + ANSWER_WIDTH),
 )
 
 
@@ -110,24 +112,26 @@ class Models:
 
 
 def answer_rows(answers: Array, prompts: Array, ranks: Array, logs: Array) -> Array:
-    """Return the rows of `AnswerModel`: answer, lexical prompt, the prompt's own prediction.
+    """Return the rows of `AnswerModel`: the prompt's own prediction, the list's rest, the answer.
 
     `ranks` [n] and `logs` [n] are the arrival model's rank and the log-length that it means.
     """
     written = answers[:, :1]
     left = np.log1p(np.maximum(np.exp(logs[:, None]) - np.expm1(written), 0.0))
-    rows = [answers, prompts[:, :LEXICAL], ranks[:, None], left]
-    return np.hstack(rows).astype(np.float32)
+    asked = prompts[:, ASKED]
+    rest = projected(answers[:, LINES], asked)
+    return np.hstack([ranks[:, None], left, asked[:, None], rest, answers]).astype(np.float32)
 
 
-# The trees see little beside the ridge's rank (first, and monotone): with hundreds of jobs, every
-# further column costs more in noise than it tells.
+# The trees see little beside the ridge's rank: with hundreds of jobs, every further column costs
+# more in noise than it tells.
 def _arrival_columns(dense: Array, ranks: Array, neighbours: Array) -> Array:
     return np.hstack([ranks[:, None], neighbours, dense[:, :NUMERIC]])
 
 
 def _answer_columns(rows: Array, ranks: Array) -> Array:
-    return np.hstack([ranks[:, None], rows[:, :1]])
+    written = rows[:, _OUTLOOK, None]
+    return np.hstack([ranks[:, None], written, rows[:, : _OUTLOOK + ANSWER_LEXICAL]])
 
 
 def stack_prompts(samples: Sequence[Sample]) -> Array:
