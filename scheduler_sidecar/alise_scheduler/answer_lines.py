@@ -1,7 +1,7 @@
-"""The lines of an answer so far: list items and their numbers, headings, the pace at which they come.
+"""The lines of an answer so far: list items, their numbers, headings, and how fast they come.
 
-What is left of a structured answer shows in its structure: item 3 of the 10 that were asked for, 40
-tokens an item. Pure arithmetic on table rows, over many jobs at once; does not know lengths.
+What is left of a structured answer shows in its structure: item 3 of the 10 that were asked for,
+40 tokens an item. Pure arithmetic on table rows, over many jobs at once; does not know lengths.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def fold_lines(
     opens &= is_new
     colon = newline & ((kinds[:, _COLON] > 0) | _shifted(kinds[:, _COLON] > 0, 1))
 
-    result = marks.copy()
+    result: Ints = marks.copy()
     result[:, _SEEN] += sizes - skipped
     fence = (kinds[:, _FENCE] > 0) & is_new
     flags = np.column_stack((opens, kind, marked, colon, newline, fence))

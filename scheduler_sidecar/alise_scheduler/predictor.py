@@ -82,6 +82,7 @@ class Predictor:
         self._samples: deque[EncodedSample] = deque(maxlen=settings.max_samples)
         self._seen = 0
         self._next_training = settings.min_samples
+        self._next_drift_training = 0
         self._window = QualityWindow(settings.quality_window)
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -168,7 +169,7 @@ class Predictor:
                 self._window.add(job.first, job.output_tokens)
             due = self._seen >= self._next_training or (
                 self._window.is_drifting(self._trained.loss)
-                and self._seen >= self._trained.samples_seen + self._settings.retrain_after
+                and self._seen >= self._next_drift_training
             )
         if self.store:
             self.store.add(self._fingerprint, sample)
@@ -184,6 +185,13 @@ class Predictor:
         """Train on the samples kept, in this process; return whether new models are in use."""
         request, fingerprint = self._request()
         return self._replace(train_here(request), request, fingerprint)
+
+    def train_if_due(self) -> bool:
+        """Train in this process when the schedule says so: for replays, in place of `start`."""
+        if not self._wake.is_set():
+            return False
+        self._wake.clear()
+        return self.train_now()
 
     def _request(self) -> tuple[TrainRequest, str]:
         with self._lock:
@@ -201,8 +209,12 @@ class Predictor:
         self, fitted: tuple[Models, Trained] | None, request: TrainRequest, fingerprint: str
     ) -> bool:
         with self._lock:
-            growth = int(request.seen * self._settings.retrain_growth)
+            learned = min(request.seen - self._trained.learned_from, len(request.samples))
+            if fitted:
+                learned = min(request.seen - fitted[1].learned_from, len(request.samples))
+            growth = int(learned * self._settings.retrain_growth)
             self._next_training = request.seen + max(self._settings.retrain_after, growth)
+            self._next_drift_training = request.seen + self._settings.retrain_after
             if fitted is None or fingerprint != self._fingerprint:
                 return False
             self._models, self._trained = fitted

@@ -166,9 +166,7 @@ def _look_at(
         properties[:, column] = [search(text) is not None for text in texts]
     properties[:, -1] = [min(len(text), 255) for text in texts]
     words = [text.strip().lower() for text in texts]
-    numbers = [
-        int(w) if len(w) <= 6 and w.isdigit() else _NUMBER_WORDS.get(w, 0) for w in words
-    ]
+    numbers = [int(w) if len(w) <= 6 and w.isdigit() else _NUMBER_WORDS.get(w, 0) for w in words]
     # Byte-pair vocabularies are in order of merging, so a token's rank tells how common it is:
     # a smoothed inverse frequency (Arora et al. 2017) without counting anything. Common words
     # keep half their weight, as "how" and "list" say much about a length.

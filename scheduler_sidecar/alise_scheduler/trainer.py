@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from alise_scheduler.quality import DRIFT_JOBS
 from alise_scheduler.quantile_model import pinball
 from alise_scheduler.training import (
     Array,
@@ -20,9 +21,9 @@ from alise_scheduler.training import (
     train,
 )
 
-_HOLDOUT_SHARE: Final = 0.2
+# Of the first jobs, of which half are held out.
+_FIRST_SHARE: Final = 0.4
 _MIN_HOLDOUT: Final = 12
-_DRIFT_RECENT: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,11 @@ class Trained:
     """Jobs seen, over all time, when they were trained."""
     loss: float
     """Mean pinball loss at arrival on the holdout, before the final fit; NaN without models."""
+    learned_from: int
+    """Jobs seen, over all time, before the first that they learned from: drift moves it on."""
 
 
-UNTRAINED: Final = Trained(version=0, trained_unix_s=0.0, samples_seen=0, loss=math.nan)
+UNTRAINED: Final = Trained(0, 0.0, samples_seen=0, loss=math.nan, learned_from=0)
 
 
 def improve(
@@ -51,26 +54,32 @@ def improve(
 ) -> tuple[Models, Trained] | None:
     """Return new models if a candidate beats the current ones (at first: the mere distribution).
 
-    The holdout is recent jobs that neither has seen: those since the current models were
-    trained, or the newest fifth at first. A winner is fitted again on everything. After drift
-    only recent jobs count.
+    Jobs that the current models have not seen are dealt out, every other one to learn from and to
+    hold out; a winner is fitted again on all. After drift a second candidate learns from the
+    newest jobs alone, and later trainings begin where the winner did.
     """
+    count = len(samples)
+    fresh = min(seen - trained.samples_seen if current else int(count * _FIRST_SHARE), count)
+    starts = [max(trained.learned_from - (seen - count), 0)]
     if is_drifting:
-        samples = samples[-_DRIFT_RECENT:]
-    fresh = seen - trained.samples_seen if current else int(len(samples) * _HOLDOUT_SHARE)
-    held = min(fresh, int(len(samples) * 0.5))
-    past, recent = samples[: len(samples) - held], samples[len(samples) - held :]
-    recent = [sample for sample in recent if not sample.is_censored]
-    candidate = train(past, current, rng) if len(recent) >= _MIN_HOLDOUT else None
-    if candidate is None:
+        fresh = min(fresh, DRIFT_JOBS)
+        # What went before the last drift may be back.
+        starts = [0, count - fresh]
+    known = samples[: count - fresh]
+    unseen, held = samples[count - fresh :: 2], samples[count - fresh + 1 :: 2]
+    held = [sample for sample in held if not sample.is_censored]
+    if len(held) < _MIN_HOLDOUT:
         return None
-    loss = holdout_loss(candidate, recent)
-    if loss >= _loss_to_beat(current, past, recent):
+    candidates = [(train([*known[start:], *unseen], current, rng), start) for start in starts]
+    losses = [(holdout_loss(models, held), start) for models, start in candidates if models]
+    loss, start = min(losses, default=(math.inf, 0))
+    if not loss < _loss_to_beat(current, [*known, *unseen], held):
         return None
-    final = train(samples, current, rng)
+    final = train(samples[start:], current, rng)
     if final is None:
         return None
-    return final, Trained(trained.version + 1, now_unix_s, seen, loss)
+    learned_from = seen - count + start if start else 0
+    return final, Trained(trained.version + 1, now_unix_s, seen, loss, learned_from)
 
 
 def holdout_loss(models: Models, samples: Sequence[Sample]) -> float:
