@@ -11,13 +11,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.alise-installed
 TORCH := torch==2.13.0+cpu
-SOURCES := engine scheduler_sidecar benchmarks operator charts tests
+SOURCES := engine scheduler_sidecar benchmarks operator charts tests e2e
 CRD := crds/serving.alise.dev_aliseservices.yaml
 PROTO := alise_scheduler/v1/scheduler.proto
 # Options for the command of `serve`, `bench` or `test`: make serve ARGS='--port 8001'
 ARGS ?=
 
-.PHONY: help install serve test test-fast test-operator lint format proto operator-generate bench clean
+# docker where it has its own builder, else podman or buildah: whichever answers.
+BUILDER ?= $(shell if docker buildx version >/dev/null 2>&1 && docker info >/dev/null 2>&1; then echo docker; \
+  else command -v podman || command -v buildah; fi)
+# For example BUILD_OPTIONS='--network host'; with PIP_FIND_LINKS set, mount that folder: -v DIR:DIR:ro
+BUILD_OPTIONS ?=
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+.PHONY: images e2e help install serve test test-fast test-operator lint format proto operator-generate bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -82,6 +89,17 @@ operator-generate: $(STAMP) ## Generate the CRD, the API reference and the chart
 
 test-operator: $(STAMP) ## Run the operator's tests; with kube-apiserver and etcd (docs/operator.md)
 	$(BIN)/python -m pytest tests/test_alise_operator_*.py $(ARGS)
+
+images: ## Build the images alise/operator, alise/sidecar and alise/engine-cpu
+	@test -n "$(BUILDER)" || { echo "needs docker (with buildx), podman or buildah" >&2; exit 1; }
+	for image in operator=operator sidecar=scheduler_sidecar engine-cpu=engine; do \
+	  $(BUILDER) build $(BUILD_OPTIONS) --build-arg PIP_FIND_LINKS="$${PIP_FIND_LINKS:-}" \
+	    --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) \
+	    -t alise/$${image%%=*}:$(VERSION) -f $${image##*=}/Dockerfile .; \
+	done
+
+e2e: $(STAMP) ## Images, a kind cluster, the chart, and the tests in e2e/ (docs/e2e.md)
+	PYTHON=$(BIN)/python BUILDER=$(BUILDER) BUILD_OPTIONS="$(BUILD_OPTIONS)" e2e/run.sh $(ARGS)
 
 bench: $(STAMP) ## Compare with stock vLLM, side by side; ARGS='--help' shows what can be chosen
 	$(BIN)/alise bench $(ARGS)

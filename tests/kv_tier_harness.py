@@ -23,18 +23,12 @@ from alise_engine.launcher import kv_transfer_config
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_offload.base import (
-    CanonicalKVCacheRef,
-    CanonicalKVCaches,
-    CanonicalKVCacheTensor,
-)
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 
 LAYERS = 2
 HEAD_SIZE = 8
 TOKEN_ELEMENTS = 2 * HEAD_SIZE  # K and V of one head
-PAGE_ELEMENTS = BLOCK_SIZE * TOKEN_ELEMENTS
 _WAVES = np.arange(TOKEN_ELEMENTS) * 0.7
 
 
@@ -76,17 +70,15 @@ class TierEngine:
         self.quantization = quantization
         self.tier: TierScheduler = self.scheduler.connector.connector_scheduler
         blocks = self.scheduler.kv_cache_config.num_blocks
-        self.pages = torch.zeros(LAYERS, blocks, PAGE_ELEMENTS)
+        self.pages = torch.zeros(LAYERS, blocks, 1, BLOCK_SIZE, TOKEN_ELEMENTS)
+        # As vLLM's CPU attention has them: K by channels, then V by tokens.
+        halves = self.pages.view(LAYERS, blocks, 2, -1)
+        self.keys = halves[:, :, 0].view(LAYERS, blocks, HEAD_SIZE, BLOCK_SIZE).mT
+        self.values = halves[:, :, 1].view(LAYERS, blocks, BLOCK_SIZE, HEAD_SIZE)
         self.connector = AliseOffloadingConnector(
             self.scheduler.vllm_config, KVConnectorRole.WORKER, self.scheduler.kv_cache_config
         )
-        page_bytes = PAGE_ELEMENTS * 4
-        self.connector.connector_worker._init_worker(
-            CanonicalKVCaches(
-                [CanonicalKVCacheTensor(p, page_bytes) for p in self.pages.view(torch.int8)],
-                [[CanonicalKVCacheRef(i, page_bytes) for i in range(LAYERS)]],
-            )
-        )
+        self.connector.register_kv_caches({f"layer {i}": self.pages[i] for i in range(LAYERS)})
         self.worker = self.connector.connector_worker.worker
         self.finished: dict[str, int] = {}  # req_id -> output tokens
         self.restored_jobs: set[str] = set()
@@ -130,19 +122,19 @@ class TierEngine:
         tokens = known + [ANY_TOKEN_ID] * (end - len(known))
         truth = torch.from_numpy(true_kv(tokens))
         (block_ids,) = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
-        slots = torch.tensor(
-            [block_ids[t // BLOCK_SIZE] * BLOCK_SIZE + t % BLOCK_SIZE for t in range(end)]
-        )
+        rows = torch.arange(end) % BLOCK_SIZE
+        blocks = torch.tensor([block_ids[t // BLOCK_SIZE] for t in range(end)])
         is_lossy = (
             request.request_id in self.restored_jobs and self.quantization == Quantization.INT8
         )
-        for layer, pages in enumerate(self.pages):
-            kept = pages.view(-1, TOKEN_ELEMENTS)
-            error = (kept[slots[:start]] - truth[:start] * (layer + 1)).abs()
+        for layer, halves in enumerate(zip(self.keys, self.values, strict=True)):
+            kept = torch.cat([half[blocks[:start], rows[:start]] for half in halves], -1)
+            error = (kept - truth[:start] * (layer + 1)).abs()
             allowed = 0.02 * (layer + 1) if is_lossy else 0.0
             worst = float(error.max()) if error.numel() else 0.0
             assert worst <= allowed, f"{request.request_id}: KV off by {worst} in layer {layer}"
-            kept[slots[start:]] = truth[start:] * (layer + 1)
+            for half, new in zip(halves, truth[start:].split(HEAD_SIZE, -1), strict=True):
+                half[blocks[start:], rows[start:]] = new * (layer + 1)
 
     def _answer(
         self,

@@ -267,7 +267,7 @@ def test_a_slow_sidecar_delays_nothing(
     for number in range(2000):
         client.send(arrived(str(number)))
         client.send(Progress(str(number), 1, [5], is_running=True))
-        client.send(Finished(str(number), pb.FINISH_REASON_STOP, 1, [], began_s, 0.1, 0))
+        client.send(Finished(str(number), pb.FINISH_REASON_STOP, 1, [], began_s, 0.1, 0, 0))
     took_s = time.monotonic() - began_s
     assert took_s < 6000 * 0.5 / 100, "sending must not wait for answers"
     assert seen.wait(PATIENCE_S)

@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import RequestQueue
@@ -68,6 +69,8 @@ def test_vllm_is_the_pinned_version() -> None:
             ["self", "request", "blocks", "num_external_tokens"],
         ),
         (OffloadingConnectorScheduler.reset_cache, ["self"]),
+        (OffloadingConnectorWorker._init_worker, ["self", "kv_caches"]),
+        (_get_attn_isa, ["dtype", "block_size", "head_size", "kv_cache_dtype"]),
     ],
     ids=lambda value: value.__qualname__ if callable(value) else "",
 )

@@ -18,8 +18,8 @@ from alise_engine.kv_tier.decisions import (
     recompute_s,
     store_budget_blocks,
     swap_s,
-    waiting_times,
 )
+from alise_scheduler.waiting import waiting_times
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -71,6 +71,27 @@ def cache_of(*specs: KVCacheSpec) -> KVCacheConfig:
             id="sliding window",
         ),
         pytest.param(
+            vllm_config(),
+            cache_of(FullAttentionSpec(**SHAPE, num_head_slots=2, state_content_bytes=128)),
+            "int8",
+            "head by head",
+            id="K of all heads, then V (ROCm)",
+        ),
+        pytest.param(
+            vllm_config(),
+            cache_of(FullAttentionSpec(**SHAPE, head_size_v=32)),
+            "none",
+            None,
+            id="K and V of two sizes, kept exact",
+        ),
+        pytest.param(
+            vllm_config(),
+            cache_of(FullAttentionSpec(**SHAPE, head_size_v=32)),
+            "int8",
+            "--alise-kv-quantization none",
+            id="K and V of two sizes",
+        ),
+        pytest.param(
             vllm_config(context_parallel=2), cache_of(FULL), "int8", "context parallel", id="DCP"
         ),
     ],

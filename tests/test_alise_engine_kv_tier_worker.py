@@ -10,10 +10,12 @@ import torch
 from alise_engine.kv_tier import worker as worker_module
 from alise_engine.kv_tier.layout import Quantization, SlotLayout
 from alise_engine.kv_tier.manager import HostSlots
-from alise_engine.kv_tier.worker import TierWorker, stacked
+from alise_engine.kv_tier.pages import cpu_pages, stacked
+from alise_engine.kv_tier.worker import TierWorker
 from vllm.v1.kv_offload.base import GPULoadStoreSpec
 
-LAYERS, BLOCKS, ELEMENTS, GROUP = 3, 40, 128, 16
+LAYERS, BLOCKS, HEADS, TOKENS, GROUP = 3, 40, 2, 32, 16
+ELEMENTS = HEADS * TOKENS * 2 * GROUP
 
 
 def layout(quantization: Quantization, dtype: torch.dtype) -> SlotLayout:
@@ -25,7 +27,9 @@ def make(
 ) -> tuple[TierWorker, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     pages = torch.randn(LAYERS, BLOCKS, ELEMENTS, generator=generator).to(dtype)
-    return TierWorker(pages, layout(quantization, dtype), slots=30), pages
+    caches = list(pages.view(LAYERS, BLOCKS, HEADS, TOKENS, 2 * GROUP))
+    views = cpu_pages(stacked(caches, TOKENS), GROUP)
+    return TierWorker(views, layout(quantization, dtype), slots=30), pages
 
 
 def device(blocks: list[int]) -> GPULoadStoreSpec:
@@ -135,16 +139,3 @@ def test_transfers_report_bytes_and_seconds() -> None:
     assert result.transfer_size == 2 * worker._layout.slot_bytes
     assert result.transfer_time > 0
     assert worker.get_finished() == []
-
-
-def test_layers_of_one_allocation_are_seen_as_one_tensor() -> None:
-    memory = torch.arange(4 * 5 * 32, dtype=torch.int8).view(4, 5, 32)
-    pages = stacked([memory[layer] for layer in range(4)], torch.float32, 6)
-    assert pages.shape == (4, 5, 6)
-    pages[2, 3, 5] = 1.5
-    assert memory[2, 3, 20:24].view(torch.float32).item() == 1.5
-
-
-def test_layers_that_lie_elsewhere_are_refused_with_a_way_out() -> None:
-    with pytest.raises(ValueError, match="--alise-kv-host-gib 0"):
-        stacked([torch.zeros(5, 32, dtype=torch.int8) for _ in range(3)], torch.float32, 8)

@@ -6,11 +6,13 @@ import math
 
 import pytest
 from alise_scheduler.policy import (
+    PREDICTION_FREE,
     JobView,
     Policy,
     PolicyParameters,
     boost_s,
     expected_boost_s,
+    first_tokens_priority,
     gamma_for,
     mlfq_level,
     priority,
@@ -39,7 +41,7 @@ def test_every_priority_is_finite_so_that_the_order_is_total(policy, job, tunabl
 
 
 @given(
-    policy=st.sampled_from([p for p in Policy if p is not Policy.MLFQ]),
+    policy=st.sampled_from([p for p in Policy if p not in PREDICTION_FREE]),
     arrivals=st.lists(seconds, min_size=2, unique=True),
     tunables=parameters,
 )
@@ -134,3 +136,19 @@ def test_mlfq_sorts_by_level_and_then_by_arrival(one, other) -> None:
     assume(key(one) < key(other))
     mine, its = (priority(Policy.MLFQ, job, PolicyParameters()) for job in (one, other))
     assert mine <= its
+
+
+@given(works, seconds, parameters)
+def test_first_tokens_go_before_all_who_have_theirs_within_the_bound(own, arrival, tunables):
+    early = first_tokens_priority(arrival, tunables)
+    assert early <= priority(Policy.BOOST, JobView(arrival, own), tunables)
+    # The bound on starvation is that of the least work: no early job is boosted beyond it.
+    assert arrival - early == pytest.approx(boost_s(tunables.least_work_s, tunables.gamma_per_s))
+
+
+def test_boost_on_attained_service_prefers_who_has_had_less_and_needs_no_estimate() -> None:
+    tunables = PolicyParameters()
+    fresh = priority(Policy.BOOST_ATTAINED, JobView(10.0, ()), tunables)
+    served = priority(Policy.BOOST_ATTAINED, JobView(10.0, (), attained_s=8.0), tunables)
+    long_prompt = priority(Policy.BOOST_ATTAINED, JobView(10.0, (), prefill_s=2.0), tunables)
+    assert fresh < long_prompt < served < 10.0

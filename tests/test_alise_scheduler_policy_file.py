@@ -25,12 +25,13 @@ from scheduler_fakes import FakePredictor, arrived, engine, prompt_input, server
         ('{"policy": "fcfs"}', PolicySettings(Policy.FCFS)),
         ('{"gamma": 0.05}', PolicySettings(gamma_per_s=0.05)),
         ('{"policy": "srtf-aging", "aging_s": 5}', PolicySettings(Policy.SRTF_AGING, aging_s=5.0)),
+        ('{"first_tokens": 8}', PolicySettings(first_tokens=8)),
     ],
-    ids=["empty", "policy", "gamma", "aging"],
+    ids=["empty", "policy", "gamma", "aging", "first tokens"],
 )
 def test_what_a_file_may_say(text: str, expected: PolicySettings) -> None:
     # What the file leaves out has its default, not what was there before.
-    found = parse_policy(text, PolicySettings(Policy.MLFQ, 7.0, 7.0, expected.true_tokens_of))
+    found = parse_policy(text, PolicySettings(Policy.MLFQ, 7.0, 7.0, expected.true_tokens_of, 7))
     assert found == expected
 
 
@@ -38,12 +39,14 @@ def test_what_a_file_may_say(text: str, expected: PolicySettings) -> None:
     ("text", "message"),
     [
         ("", "not JSON"),
-        ("[]", "allowed is an object of aging_s, gamma, policy"),
+        ("[]", "allowed is an object of aging_s, first_tokens, gamma, policy"),
         ('{"gama": 1}', "not gama"),
-        ('{"policy": "best"}', "allowed are boost, srtf"),
+        ('{"policy": "best"}', "allowed are boost, boost-attained, srtf"),
         ('{"gamma": 0}', "gamma 0: allowed"),
         ('{"gamma": true}', "gamma True: allowed"),
         ('{"aging_s": NaN}', "aging_s nan: allowed"),
+        ('{"first_tokens": -1}', "first_tokens -1: allowed"),
+        ('{"first_tokens": true}', "first_tokens True: allowed"),
     ],
 )
 def test_what_a_file_may_not_say(text: str, message: str) -> None:

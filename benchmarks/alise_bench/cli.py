@@ -205,6 +205,9 @@ def kv_copies(
     layers: Annotated[int, typer.Option(min=1)] = 30,
     kv_heads: Annotated[int, typer.Option(min=1)] = 3,
     head_size: Annotated[int, typer.Option(min=1)] = 64,
+    block: Annotated[
+        int, typer.Option(min=16, max=512, help="Tokens of a block; vLLM's default on CPUs.")
+    ] = 128,
     out: Annotated[Path | None, typer.Option(help="JSON file to write, too.")] = None,
 ) -> None:
     """Time the KV tier's copies against plain ones (default: SmolLM2-135M's KV cache)."""
@@ -213,7 +216,7 @@ def kv_copies(
     from alise_bench.kv_copies import KvShape, measure_copies
 
     shape = KvShape(layers, kv_heads, head_size)
-    rows = [measure_copies(shape, quantization) for quantization in Quantization]
+    rows = [measure_copies(shape, quantization, block) for quantization in Quantization]
     table = Table(title="512 tokens of bfloat16 KV, one thread, ms (x plain)", title_justify="left")
     for name in ("kept as", "bytes/token", "of bfloat16", "plain copy", "store", "load"):
         table.add_column(name, justify="right")
@@ -229,6 +232,52 @@ def kv_copies(
     console.print(table)
     if out is not None:
         out.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+
+
+@app.command("kv-interference")
+def kv_interference(
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder; default: the embedded small model.")
+    ] = None,
+    steady_jobs: Annotated[int, typer.Option(min=1, help="Jobs that go on running.")] = 8,
+    context: Annotated[int, typer.Option(min=16, max=512, help="Of each job, tokens.")] = 300,
+    swap_every: Annotated[int, typer.Option(min=2, help="Steps from swap to swap.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, max=12, help="Of 32 steps, of each kind.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, too.")] = None,
+) -> None:
+    """Measure what swapping some jobs adds to the steps of those that go on running."""
+    try:
+        from alise_bench.kv_interference import measure_interference
+
+        found = measure_interference(
+            _model(model),
+            steady_jobs=steady_jobs,
+            context_tokens=context,
+            swap_every=swap_every,
+            rounds=rounds,
+        )
+    except BenchError as error:
+        _fail(error)
+    table = Table(title=f"{steady_jobs} steady jobs, ms between tokens", title_justify="left")
+    for name in ("steps", "number", "median", "mean", "p99"):
+        table.add_column(name, justify="right")
+    for kind, times in (("quiet", found.quiet), ("swapping", found.swapping)):
+        figures = (times.median_ms, times.mean_ms, times.p99_ms)
+        table.add_row(kind, str(times.steps), *(f"{figure:.1f}" for figure in figures))
+    quiet, swapping = found.quiet, found.swapping
+    ratios = (
+        swapping.median_ms / quiet.median_ms,
+        swapping.mean_ms / quiet.mean_ms,
+        swapping.p99_ms / quiet.p99_ms,
+    )
+    table.add_row("ratio", "", *(f"{ratio:.3f}" for ratio in ratios))
+    console.print(table)
+    console.print(
+        f"{found.swaps} swaps of {found.swapped_tokens:.0f} tokens (mean); "
+        f"{found.restored_tokens:.0f} tokens came back from host memory"
+    )
+    if out is not None:
+        out.write_text(json.dumps(asdict(found), indent=1), encoding="utf-8")
 
 
 @app.command("kv-quality")

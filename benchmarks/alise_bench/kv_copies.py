@@ -6,6 +6,7 @@ turns; medians over rounds.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ import numpy as np
 import torch
 from alise_engine.kv_tier.layout import Quantization, SlotLayout
 from alise_engine.kv_tier.manager import HostSlots
+from alise_engine.kv_tier.pages import cpu_pages, stacked
 from alise_engine.kv_tier.worker import TierWorker
 from vllm.v1.kv_offload.base import GPULoadStoreSpec
 
-BLOCK_TOKENS: Final = 16
 _CACHE_BYTES: Final = 512 << 20
 _JOB_TOKENS: Final = 512
 _ROUNDS: Final = 40
@@ -52,17 +53,18 @@ class CopySpeed:
     load_s: float
 
 
-def measure_copies(shape: KvShape, quantization: Quantization) -> CopySpeed:
+def measure_copies(shape: KvShape, quantization: Quantization, block_tokens: int) -> CopySpeed:
     """Time stores and loads of bfloat16 KV, and plain copies of its bytes, in turns."""
     torch.set_num_threads(1)
-    page_elements = BLOCK_TOKENS * shape.kv_heads * 2 * shape.head_size
-    layout = SlotLayout(shape.layers, page_elements, 2, shape.head_size, quantization)
+    page = (shape.kv_heads, block_tokens, 2 * shape.head_size)
+    layout = SlotLayout(shape.layers, math.prod(page), 2, shape.head_size, quantization)
     block_bytes = layout.block_elements * 2
     blocks = _CACHE_BYTES // block_bytes
-    pages = torch.randn(shape.layers, blocks, page_elements).to(torch.bfloat16)
+    caches = list(torch.randn(shape.layers, blocks, *page).to(torch.bfloat16))
+    pages = cpu_pages(stacked(caches, block_tokens), shape.head_size)
     worker = TierWorker(pages, layout, slots=blocks)
     worker._memory.rows.zero_()  # the system hands memory over when it is first written
-    count = _JOB_TOKENS // BLOCK_TOKENS
+    count = _JOB_TOKENS // block_tokens
     plain = torch.zeros(blocks // count, count * block_bytes, dtype=torch.int8)
     copies = torch.zeros_like(plain)
     generator = np.random.default_rng(0)
@@ -78,7 +80,7 @@ def measure_copies(shape: KvShape, quantization: Quantization) -> CopySpeed:
         worker.get_finished()
     return CopySpeed(
         quantization=quantization,
-        bytes_per_token=layout.bytes_per_slot / BLOCK_TOKENS,
+        bytes_per_token=layout.bytes_per_slot / block_tokens,
         bfloat16_bytes_per_token=shape.token_elements * 2,
         plain_copy_s=median(times["plain"]),
         store_s=median(times["store"]),

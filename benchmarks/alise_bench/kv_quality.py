@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from alise_engine.kv_tier.layout import Quantization, SlotLayout
+from alise_engine.kv_tier.pages import gpu_pages, stacked
 from alise_engine.kv_tier.quantization import BlockCodec
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -22,6 +24,8 @@ from alise_bench.dataset import Item
 
 _BLOCK_TOKENS: Final = 16
 _MAX_INT8: Final = 127.0
+_OLD_KV: Final = 1000.0
+"""In rows of a block that no token uses."""
 
 RoundTrip = Callable[[torch.Tensor], torch.Tensor]
 """K or V of one layer, shape (heads, tokens, head size), as it comes back."""
@@ -56,15 +60,33 @@ def _rounded(x: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return ((groups / scale).round().clamp(-_MAX_INT8, _MAX_INT8) * scale).reshape(x.shape)
 
 
-def tier(x: torch.Tensor) -> torch.Tensor:
-    """Round-trip through the tier's own codec: one scale per token and head."""
-    layout = SlotLayout(1, x.numel(), 4, x.shape[-1], Quantization.INT8)
-    pages = x.reshape(1, 1, -1).clone()
+def tier(block_tokens: int) -> tuple[RoundTrip, RoundTrip]:
+    """Return the round trips of K and of V through the tier's own codec."""
+    return partial(_tier, block_tokens, is_keys=True), partial(_tier, block_tokens, is_keys=False)
+
+
+def _tier(block_tokens: int, x: torch.Tensor, *, is_keys: bool) -> torch.Tensor:
+    heads, tokens, head_size = x.shape
+    blocks = -(-tokens // block_tokens)
+    cache = torch.full((blocks, heads, block_tokens, 2 * head_size), _OLD_KV)
+    pages = gpu_pages(stacked([cache], block_tokens), head_size)
+    # Shape (blocks, heads, tokens, channels).
+    half = pages.keys[0, :, 0].mT if is_keys else pages.values[0, :, 0]
+    for start in range(0, tokens, block_tokens):
+        part = x[:, start : start + block_tokens]
+        half[start // block_tokens, :, : part.shape[1]] = part
+    elements = heads * block_tokens * 2 * head_size
+    layout = SlotLayout(1, elements, 4, head_size, Quantization.INT8)
     codec = BlockCodec(layout, 1, pages)
     slot = torch.empty(1, layout.slot_bytes, dtype=torch.int8)
-    codec.encode([0], slot)
-    codec.decode(slot, [0])
-    return pages.reshape(x.shape)
+    for block in range(blocks):
+        codec.encode([block], slot, min(tokens - block * block_tokens, block_tokens))
+        codec.decode(slot, [block])
+    return half.transpose(0, 1).reshape(heads, -1, head_size)[:, :tokens]
+
+
+def _per_token_head(x: torch.Tensor) -> torch.Tensor:
+    return _rounded(x, x)
 
 
 def _per_token(x: torch.Tensor) -> torch.Tensor:
@@ -88,17 +110,6 @@ def _per_group_of_32(x: torch.Tensor) -> torch.Tensor:
     return _rounded(x, x.reshape(*x.shape[:-1], -1, 32))
 
 
-def _channels_of_block(x: torch.Tensor) -> torch.Tensor:
-    # How vLLM's CPU attention lays K out: by channels of a block's tokens, so that a group of one
-    # head's size holds some channels of 16 tokens.
-    def block(b: torch.Tensor) -> torch.Tensor:
-        turned = b.mT.contiguous()
-        channels = max(b.shape[-1] // _BLOCK_TOKENS, 1)
-        return _rounded(turned, turned.reshape(len(b), -1, channels * b.shape[1])).mT
-
-    return _by_block(x, block)
-
-
 def _as(dtype: torch.dtype) -> RoundTrip:
     return lambda x: x.to(dtype).to(x.dtype)
 
@@ -108,8 +119,9 @@ def granularities(head_size: int, kv_heads: int) -> list[Granularity]:
     scale = 16.0
     per_token_head = 8 + scale / head_size
     return [
-        Granularity("int8, token and head (the tier)", tier, tier, per_token_head),
-        Granularity("int8, the tier on a CPU", _channels_of_block, tier, per_token_head),
+        Granularity("int8, the tier, blocks of 16", *tier(16), per_token_head),
+        Granularity("int8, the tier, blocks of 128", *tier(128), per_token_head),
+        Granularity("int8, token and head", _per_token_head, _per_token_head, per_token_head),
         Granularity("int8, token row", _per_token, _per_token, 8 + scale / head_size / kv_heads),
         Granularity(
             "int8, head of a block", _per_head, _per_head, 8 + scale / head_size / _BLOCK_TOKENS
@@ -117,7 +129,7 @@ def granularities(head_size: int, kv_heads: int) -> list[Granularity]:
         Granularity(
             "int8, K channel and V token (KIVI)",
             _per_channel,
-            tier,
+            _per_token_head,
             8 + scale / 2 * (1 / _BLOCK_TOKENS + 1 / head_size),
         ),
         Granularity("int8, groups of 32", _per_group_of_32, _per_group_of_32, 8 + scale / 32),

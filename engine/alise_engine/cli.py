@@ -37,6 +37,7 @@ _DEFAULT_MODEL_OPTIONS = {
     "--max-model-len": ["2048"],
     "--max-num-seqs": ["16"],
 }
+ESTIMATE_HEADERS = "alise_engine.estimate_headers.EstimateHeaders"
 _RESERVED = ("--scheduler-cls",)
 
 logger = logging.getLogger("alise.serve")
@@ -79,6 +80,15 @@ def serve(
             help="Boost's gamma in 1/s; by default it follows the observed service times.",
         ),
     ] = None,
+    first_tokens: Annotated[
+        int,
+        typer.Option(
+            "--alise-first-tokens",
+            envvar="ALISE_FIRST_TOKENS",
+            min=0,
+            help="Every new job gets this many tokens out early; later ones then wait longer.",
+        ),
+    ] = 0,
     state_dir: Annotated[
         Path | None,
         typer.Option(
@@ -104,7 +114,7 @@ def serve(
             envvar="ALISE_METRICS_PORT",
             min=0,
             max=65535,
-            help="Port of the sidecar's Prometheus metrics; 0 turns them off.",
+            help="Port of the sidecar's status page and Prometheus metrics; 0: neither.",
         ),
     ] = 9464,
     preemption: Annotated[
@@ -152,6 +162,15 @@ def serve(
             help="After SIGTERM, answers in progress get this long to end.",
         ),
     ] = 30,
+    estimate_headers: Annotated[
+        bool,
+        typer.Option(
+            "--alise-estimate-headers",
+            envvar="ALISE_ESTIMATE_HEADERS",
+            help="Requests with the header `x-alise-estimate: 1` get the predicted length and the "
+            "estimated time to finish in `x-alise-*` headers.",
+        ),
+    ] = False,
     oracle_file: Annotated[
         Path | None,
         typer.Option(
@@ -176,6 +195,8 @@ def serve(
     if not has_option(vllm_arguments, "--scheduling-policy"):
         # A request's own `priority` then means a class above our order; all 0 without one.
         vllm_arguments += ["--scheduling-policy", "priority"]
+    if estimate_headers:
+        vllm_arguments += ["--middleware", ESTIMATE_HEADERS]
     vllm_arguments += _kv_tier_arguments(vllm_arguments, kv_host_gib, kv_quantization)
     with tempfile.TemporaryDirectory(prefix="alise-") as temporary:
         run_dir = shared_dir or Path(temporary)
@@ -196,7 +217,14 @@ def serve(
         sidecar_command = None
         if socket is not None:
             sidecar_command = _sidecar_command(
-                socket, run_dir, state_dir, policy, gamma, metrics_port, oracle_file
+                socket,
+                run_dir,
+                state_dir,
+                policy,
+                gamma,
+                first_tokens,
+                metrics_port,
+                oracle_file,
             )
         plan = ServePlan(
             model_name=model_name,
@@ -205,6 +233,9 @@ def serve(
             sidecar_command=sidecar_command,
             sidecar_socket=socket,
             server=ServerAddress.of(vllm_arguments),
+            status_url=(
+                f"http://localhost:{metrics_port}" if metrics_port and socket is not None else None
+            ),
             drain_s=drain_s,
         )
         status = Launcher(plan).run()
@@ -254,12 +285,14 @@ def _sidecar_command(
     state_dir: Path | None,
     policy: Policy,
     gamma: float | None,
+    first_tokens: int,
     metrics_port: int,
     oracle_file: Path | None,
 ) -> Sequence[str]:
     command = [sys.executable, "-m", "alise_scheduler", "scheduler"]
     command += ["--listen", f"unix://{socket}", "--shared-dir", str(run_dir)]
     command += ["--policy", policy.value, "--metrics-port", str(metrics_port)]
+    command += ["--first-tokens", str(first_tokens)]
     if state_dir is not None:  # the sidecar has its own default
         command += ["--state-dir", str(state_dir)]
     if gamma is not None:

@@ -23,6 +23,7 @@ from alise_scheduler.v1 import scheduler_pb2 as pb
 from alise_scheduler.v1 import scheduler_pb2_grpc as pb_grpc
 
 from alise_engine import metrics
+from alise_engine.channel import CHANNEL_OPTIONS, credentials
 from alise_engine.events import EngineEvent, Snapshot, to_messages
 from alise_engine.settings import TlsFiles
 
@@ -31,22 +32,11 @@ logger = logging.getLogger("vllm.alise.client")
 MAX_QUEUED_EVENTS = 50_000
 """More than this unsent means that the sidecar hangs: start over with a snapshot."""
 _EVENTS_PER_MESSAGE = 500
-_KEEPALIVE_MS = 10_000
 _FIRST_RETRY_S = 0.1
 _LAST_RETRY_S = 5.0
 _CONNECT_TIMEOUT_S = 2.0
 # An estimate older than this many messages waiting to be applied is not worth keeping.
 _MAX_RECEIVED = 200_000
-
-CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", protocol.MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", protocol.MAX_MESSAGE_BYTES),
-    # A peer that is gone without a word (a cut cable) is noticed by unanswered pings.
-    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
-    ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,16 +184,10 @@ class SidecarClient:
         metrics.SIDECAR_CONNECTED.set(0)
 
     def _channel(self) -> grpc.Channel:
-        if self._tls is None:
+        tls = credentials(self._tls)
+        if tls is None:
             return grpc.insecure_channel(self._address, options=CHANNEL_OPTIONS)
-        credentials = grpc.ssl_channel_credentials(
-            root_certificates=self._tls.ca.read_bytes() if self._tls.ca else None,
-            private_key=self._tls.key.read_bytes() if self._tls.key else None,
-            certificate_chain=(
-                self._tls.certificate.read_bytes() if self._tls.certificate else None
-            ),
-        )
-        return grpc.secure_channel(self._address, credentials, options=CHANNEL_OPTIONS)
+        return grpc.secure_channel(self._address, tls, options=CHANNEL_OPTIONS)
 
     def _serve_one_stream(self) -> None:
         """Open a stream and take its messages until it ends; raises grpc.RpcError."""

@@ -39,6 +39,7 @@ class Finished:
     finish_s: float
     first_token_s: float
     preemptions: int
+    cached_prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,4 +138,5 @@ def _finished(event: Finished) -> pb.JobFinished:
         finish_s=event.finish_s,
         first_token_s=event.first_token_s,
         preemptions=event.preemptions,
+        cached_prompt_tokens=event.cached_prompt_tokens,
     )

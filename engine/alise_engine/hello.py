@@ -20,6 +20,10 @@ class HelloMaker:
         self._model_config = config.model_config
         self._download_dir: str | None = config.load_config.download_dir
         self._max_num_seqs = max_num_seqs
+        cache = config.cache_config
+        self._block_tokens: int = cache.block_size or 0
+        self._kv_tokens = (cache.num_gpu_blocks or 0) * self._block_tokens
+        self._batched_tokens: int = config.scheduler_config.max_num_batched_tokens
         self._shared_dir = settings.shared_dir
         self._engine_id = uuid.uuid4().hex
         self._token_table_file: str | None = None
@@ -44,4 +48,7 @@ class HelloMaker:
             max_model_len=model.max_model_len,
             max_num_seqs=self._max_num_seqs,
             token_table_file=self._token_table_file,
+            kv_tokens=self._kv_tokens,
+            block_tokens=self._block_tokens,
+            max_num_batched_tokens=self._batched_tokens,
         )

@@ -25,6 +25,7 @@ class JobRecord:
     __slots__ = (
         "arrival_s",
         "at_output_tokens",
+        "cached_prompt_tokens",
         "class_",
         "first_token_s",
         "is_ranked",
@@ -48,6 +49,7 @@ class JobRecord:
         self.at_output_tokens = 0
         self.reported_tokens = 0
         self.first_token_s = 0.0
+        self.cached_prompt_tokens = 0
 
     def rank(self, priority: float) -> None:
         """Move the job in the order; whoever files it by its key must file it anew."""
@@ -107,4 +109,5 @@ def finished(record: JobRecord) -> Finished:
         finish_s=time.monotonic(),
         first_token_s=record.first_token_s,
         preemptions=request.num_preemptions,
+        cached_prompt_tokens=record.cached_prompt_tokens,
     )

@@ -46,6 +46,8 @@ class ServePlan:
     """None: the sidecar runs elsewhere."""
     sidecar_socket: Path | None
     server: ServerAddress
+    status_url: str | None
+    """The sidecar's status page, if this plan starts one that has it."""
     drain_s: float
 
 
@@ -144,7 +146,11 @@ class Launcher:
             if sidecar is not None:
                 sidecar.tend()
             if server.is_healthy():
-                display.done(f"ready. Try it:\n\n{server.curl(self._plan.model_name)}\n")
+                page = self._plan.status_url
+                text = f"ready. Try it:\n\n{server.curl(self._plan.model_name)}\n"
+                if page:
+                    text += f"\nWhat it is doing: {page} (or: alise top)\n"
+                display.done(text)
                 return True
             time.sleep(_POLL_S)
         return False

@@ -160,6 +160,8 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             record = self._jobs.get(request.request_id)
             if record is not None:
                 record.first_token_s = time.monotonic() - record.arrival_s
+                if (stats := request.prefill_stats) is not None:
+                    record.cached_prompt_tokens = stats.num_cached_tokens
         result: tuple[list[int], bool] = super()._update_request_with_output(
             request, new_token_ids, is_stale
         )

@@ -113,13 +113,21 @@ def scheduler(
             help="srtf-aging: a wait this long makes up for e times the work.",
         ),
     ] = 30.0,
+    first_tokens: Annotated[
+        int,
+        typer.Option(
+            envvar="ALISE_FIRST_TOKENS",
+            callback=_between(0, 1_000_000),
+            help="Every new job gets this many tokens out early; later ones then wait longer.",
+        ),
+    ] = 0,
     policy_file: Annotated[
         Path | None,
         typer.Option(
             envvar="ALISE_POLICY_FILE",
             dir_okay=False,
-            help="JSON of policy, gamma and aging_s, which wins over the options of these names; "
-            "changes apply without a restart.",
+            help="JSON of policy, gamma, aging_s and first_tokens, which wins over the options of "
+            "these names; changes apply without a restart.",
         ),
     ] = None,
     max_samples: Annotated[
@@ -143,7 +151,7 @@ def scheduler(
         typer.Option(
             envvar="ALISE_METRICS_PORT",
             callback=_between(0, 65535),
-            help="Prometheus page; 0: none.",
+            help="Port of the status page and of Prometheus' metrics; 0: neither.",
         ),
     ] = 9464,
     metrics_address: Annotated[
@@ -201,7 +209,7 @@ def scheduler(
         metrics_address=metrics_address,
         metrics_port=metrics_port,
         grace_s=grace_s,
-        policy=PolicySettings(policy, gamma, aging_s, _oracle(oracle_file)),
+        policy=PolicySettings(policy, gamma, aging_s, _oracle(oracle_file), first_tokens),
         policy_file=policy_file,
     )
     predictor = Predictor(

@@ -91,7 +91,11 @@ def fit(steps: Sequence[StepTiming], prior: StepCost) -> StepCost:
     ratio = durations_s / np.maximum(rows @ first, 1e-9)
     ratio /= np.median(ratio)
     usual = (ratio < _OUTLIER_RATIO) & (ratio > 1 / _OUTLIER_RATIO)
-    return StepCost(*(_relative_nnls(rows[usual], durations_s[usual]) + kept).tolist())
+    second = _relative_nnls(rows[usual], durations_s[usual])
+    # Relative errors favour the short ones of steps that are alike: what all of them took in sum,
+    # which decides how fast a queue drains, is kept.
+    second *= durations_s[usual].sum() / (rows[usual] @ second).sum()
+    return StepCost(*(second + kept).tolist())
 
 
 def _relative_nnls(rows: _Array, durations_s: _Array) -> _Array:

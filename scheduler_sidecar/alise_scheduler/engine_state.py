@@ -5,6 +5,7 @@ Knows no gRPC, no clock and no tasks: events go in, updates come out, and the ca
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
@@ -20,6 +21,7 @@ from alise_scheduler.estimates import (
     mean_service_s,
 )
 from alise_scheduler.events import Event, FinishReason, StepTiming
+from alise_scheduler.history import HISTORY_JOBS, PastJob
 from alise_scheduler.jobs import Ended, Job, JobTable
 from alise_scheduler.lengths import Quantiles, mean, remaining_after
 from alise_scheduler.policy import Policy, PolicyParameters, gamma_for
@@ -64,6 +66,22 @@ class PolicySettings:
     aging_s: float = 30.0
     true_tokens_of: Callable[[PromptInput], int | None] = lambda _: None
     """The oracle of benchmarks and tests."""
+    first_tokens: int = 0
+    """Until so many tokens of its answer are out, a job goes before all that have theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """What an engine says of itself when it connects."""
+
+    model: str = ""
+    slots: int = 0
+    """Jobs that can run at once; 0: not told."""
+    kv_tokens: int = 0
+    """KV cache, tokens; 0: not told."""
+    block_tokens: int = 0
+    batched_tokens: int = 0
+    """Of one step at most; 0: not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +104,14 @@ class EngineState:
     cost_model: CostModel = field(default_factory=CostModel)
     pricing: Pricing = field(init=False)
     """In use for all jobs; follows the cost model and gamma when they moved noticeably."""
+    introduction: Introduction = Introduction()
+    history: deque[PastJob] = field(default_factory=lambda: deque(maxlen=HISTORY_JOBS))
+    """The newest jobs that ended, in the order in which they did."""
+    clock_ahead_s: float = 0.0
+    """The engine's clock minus ours, as of the newest message: off by what that was under way."""
+    heard_s: float = 0.0
+    """When the newest message was sent, on the engine's clock."""
+    _ended: list[PastJob] = field(default_factory=list)
     _finished: MeanTokens = field(default_factory=MeanTokens)
     _predicted: MeanTokens = field(default_factory=MeanTokens)
     _model_version: int = 0
@@ -110,6 +136,20 @@ class EngineState:
         self.table.mark_unpriced(self.table.jobs.values())
         self._rates_are_news = True
 
+    def hear(self, sent_s: float, now_s: float) -> None:
+        """Note when a message was sent (engine's clock) and received (ours)."""
+        self.clock_ahead_s, self.heard_s = sent_s - now_s, sent_s
+
+    def take_ended(self) -> list[PastJob]:
+        """Return the jobs that ended since the last call, as far as they are remembered."""
+        taken, self._ended = self._ended, []
+        return taken
+
+    @property
+    def mean_service_s(self) -> float | None:
+        """A job's mean service time at the present load, seconds; None before any job was seen."""
+        return mean_service_s(self._finished, self._predicted, self.pricing.rates)
+
     def apply(self, event: Event) -> Ended | None:
         """Take in one event; returns the job that it ended, if any."""
         if isinstance(event, StepTiming):
@@ -117,6 +157,7 @@ class EngineState:
             return None
         ended = self.table.apply(event)
         if ended is not None:
+            self._remember(ended)
             self._learn(ended)
         return ended
 
@@ -145,13 +186,28 @@ class EngineState:
         parameters = replace(parameters, aging_s=self.settings.aging_s)
         if self.settings.gamma_per_s is not None:
             parameters = replace(parameters, gamma_per_s=self.settings.gamma_per_s)
-        self.pricing = Pricing(self.settings.policy, parameters, self.cost_model.rates())
+        rates = self.cost_model.rates()
+        self.pricing = Pricing(self.settings.policy, parameters, rates, self.settings.first_tokens)
+
+    def _remember(self, ended: Ended) -> None:
+        job, event = ended.job, ended.event
+        past = PastJob(
+            arrival_s=job.arrival_s,
+            computed_prompt_tokens=max(job.prompt_tokens - event.cached_prompt_tokens, 1),
+            output_tokens=job.output_tokens,
+            finish_s=event.finish_s,
+            is_complete=event.reason in (FinishReason.STOP, FinishReason.LENGTH),
+        )
+        self.history.append(past)
+        if len(self._ended) < HISTORY_JOBS:  # else nobody asks
+            self._ended.append(past)
 
     def _learn(self, ended: Ended) -> None:
-        outcome, job = _OUTCOME_OF.get(ended.reason), ended.job
+        reason, job = ended.event.reason, ended.job
+        outcome = _OUTCOME_OF.get(reason)
         if outcome is None or not job.output_tokens:
             return
-        if ended.reason is not FinishReason.ABORTED:
+        if reason is not FinishReason.ABORTED:
             self._finished.observe(job.prompt_tokens, job.output_tokens)
         self.predictor.observe(job.tracked, outcome)
 

@@ -69,6 +69,10 @@ class Engines:
         """Number of open streams."""
         return len(self._connections)
 
+    def is_connected(self, engine_id: str) -> bool:
+        """Whether the engine has an open stream."""
+        return engine_id in self._connections
+
     def __iter__(self) -> Iterator[tuple[str, EngineState]]:
         return iter(list(self._states.items()))
 

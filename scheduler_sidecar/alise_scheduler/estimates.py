@@ -11,7 +11,14 @@ from typing import Final
 from alise_scheduler.cost_model import ServiceRates
 from alise_scheduler.jobs import Job
 from alise_scheduler.lengths import mean, remaining_after
-from alise_scheduler.policy import JobView, Policy, PolicyParameters, priority
+from alise_scheduler.policy import (
+    PREDICTION_FREE,
+    JobView,
+    Policy,
+    PolicyParameters,
+    first_tokens_priority,
+    priority,
+)
 
 # An update is news when the priority moved by this share of Boost's time scale 1 / gamma ...
 _BOOST_TOLERANCE_SHARE: Final = 0.02
@@ -31,11 +38,13 @@ class Pricing:
     policy: Policy
     parameters: PolicyParameters
     rates: ServiceRates
+    first_tokens: int = 0
+    """Until so many tokens of its answer are out, a job goes before all that have theirs."""
 
     @property
     def tolerance_s(self) -> float:
         """How far a priority may be off before the engine is told."""
-        if self.policy is Policy.BOOST:
+        if self.policy in (Policy.BOOST, Policy.BOOST_ATTAINED):
             return _BOOST_TOLERANCE_SHARE / self.parameters.gamma_per_s
         return _TOLERANCE_S
 
@@ -68,7 +77,7 @@ def remaining_tokens(job: Job) -> tuple[float, ...]:
 def estimate(job: Job, pricing: Pricing) -> Estimate | None:
     """Return the estimate of `job`, or None if there is nothing to go by but its arrival."""
     left_tokens = remaining_tokens(job)
-    if not left_tokens and pricing.policy is not Policy.MLFQ:
+    if not left_tokens and pricing.policy not in PREDICTION_FREE:
         return None
     prefill_s = pricing.rates.service_s(job.prompt_tokens, 0)
     per_token_s = pricing.rates.decode_s_per_token
@@ -80,10 +89,16 @@ def estimate(job: Job, pricing: Pricing) -> Estimate | None:
         prefill_s=prefill_s,
     )
     value = priority(pricing.policy, view, pricing.parameters)
+    expected_tokens = mean(left_tokens) if left_tokens else 0.0
+    early_tokens = pricing.first_tokens - job.output_tokens
+    if early_tokens > 0:
+        # All that it asks for now are its first tokens; then it is estimated as it is.
+        value = first_tokens_priority(job.arrival_s, pricing.parameters)
+        expected_tokens = min(expected_tokens, early_tokens) if left_tokens else early_tokens
     return Estimate(
         job_id=job.job_id,
         priority=value,
-        remaining_tokens=mean(left_tokens) if left_tokens else 0.0,
+        remaining_tokens=expected_tokens,
         at_output_tokens=job.output_tokens,
         boost_s=job.arrival_s - value,
     )

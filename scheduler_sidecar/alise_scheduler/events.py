@@ -58,6 +58,12 @@ class Finished:
     reason: FinishReason
     output_tokens: int
     new_token_ids: Sequence[int]
+    finish_s: float = 0.0
+    """0: not told."""
+    first_token_s: float = 0.0
+    """Since the arrival; 0: there was no token."""
+    cached_prompt_tokens: int = 0
+    """Found in the prefix cache when the job first got a slot."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from alise_scheduler.events import (
     Arrived,
     Event,
     Finished,
-    FinishReason,
     Preempted,
     Progress,
     SnapshotEnd,
@@ -59,6 +58,7 @@ class Job:
     is_running: bool = False
     preempted_at_tokens: int | None = None
     """Set while the job is out of its slot after having had one."""
+    preemptions: int = 0
     quantiles: Quantiles | None = None
     """Of the length that was to come at `predicted_at_tokens`."""
     predicted_at_tokens: int = 0
@@ -85,7 +85,7 @@ class Ended:
     """A job that has just left the table by finishing."""
 
     job: Job
-    reason: FinishReason
+    event: Finished
 
 
 @dataclass(slots=True)
@@ -207,6 +207,7 @@ class JobTable:
         self.tally["applied"] += 1
         self.tally["preemptions"] += 1
         job.is_running = False
+        job.preemptions += 1
         job.preempted_at_tokens = event.output_tokens
 
     def _finish(self, event: Finished) -> Ended | None:
@@ -219,7 +220,7 @@ class JobTable:
         self._finished[job.job_id] = job.arrival_s
         if len(self._finished) > _REMEMBERED_FINISHED:
             self._finished.popitem(last=False)
-        return Ended(job, event.reason)
+        return Ended(job, event)
 
     def _end_snapshot(self) -> None:
         if self._named is None:

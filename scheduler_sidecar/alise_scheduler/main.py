@@ -44,9 +44,27 @@ SUBCOMMANDS: Final = (
         ("sidecar",),
     ),
     Subcommand(
+        "top",
+        "Show a running sidecar's queue, predictor and gain, in the terminal.",
+        "alise_scheduler.top:app",
+        ("sidecar",),
+    ),
+    Subcommand(
         "bench",
         "Compare with stock vLLM, side by side.",
         "alise_bench.cli:app",
+        ("bench",),
+    ),
+    Subcommand(
+        "simulate",
+        "Compare policies on a modelled engine; say how many replicas a load needs.",
+        "alise_bench.simulation.cli:app",
+        ("bench",),
+    ),
+    Subcommand(
+        "profile",
+        "Measure a running engine, for `simulate`.",
+        "alise_bench.simulation.measure:app",
         ("bench",),
     ),
     Subcommand(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter as Tally
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from alise_scheduler.engine_state import EngineState
 from alise_scheduler.estimates import backlog_s
+from alise_scheduler.shadow import Ratios
 
 if TYPE_CHECKING:
     from alise_scheduler.predictor import Predictor, Quality
@@ -86,6 +88,15 @@ class Metrics:
             ["engine", "coefficient"],
             registry=registry,
         )
+        self.shadow_ratio = Gauge(
+            "alise_shadow_ratio",
+            "Latency as served over what FCFS would have given the same jobs; below 1 is a gain.",
+            ["measure"],
+            registry=registry,
+        )
+        self.shadow_jobs = _gauge(
+            registry, "alise_shadow_jobs", "Finished jobs that alise_shadow_ratio compares."
+        )
         self.sessions = _gauge(registry, "alise_sessions", "Engines with an open stream.")
         self.events = Counter(
             "alise_events",
@@ -109,6 +120,15 @@ class Metrics:
         for result, count in tally.items():
             self.events.labels(result).inc(count)
         tally.clear()
+
+    def finished_jobs(self) -> int:
+        """Return how many jobs have ended."""
+        samples = (s for family in self.finished.collect() for s in family.samples)
+        return int(sum(s.value for s in samples if s.name.endswith("_total")))
+
+    def preempted_jobs(self) -> int:
+        """Return how many times a job has lost its slot."""
+        return int(self.registry.get_sample_value("alise_preemptions_total") or 0)
 
     def show_engines(self, engines: Iterable[tuple[str, EngineState]], sessions: int) -> None:
         """Set the gauges that describe the engines now."""
@@ -150,6 +170,12 @@ class Metrics:
         trained_s = predictor.model_trained_unix_s
         self.model_age_s.set(time.time() - trained_s if predictor.model_version else 0)
         self.samples.set(predictor.sample_count)
+
+    def show_shadow(self, ratios: Ratios | None) -> None:
+        """Set the gauges that compare with FCFS; NaN before there are enough jobs."""
+        self.shadow_jobs.set(ratios.jobs if ratios else 0)
+        for measure in ("mean_normalized_latency", "mean_jct", "p99_jct"):
+            self.shadow_ratio.labels(measure).set(getattr(ratios, measure) if ratios else math.nan)
 
 
 def _gauge(registry: CollectorRegistry, name: str, documentation: str) -> Gauge:

@@ -2,7 +2,7 @@
 
 Pure. Every policy is a function from one job's state to one number, comparable between jobs, so
 that an ordered queue is all that the engine needs. A job without an estimate keeps its arrival
-as priority (MLFQ alone needs no estimate): without a predictor the order is FCFS.
+as priority (those of `PREDICTION_FREE` need none): without a predictor the order is FCFS.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ class Policy(str, Enum):
     """The policies by the names that users give on the command line."""
 
     BOOST = "boost"
+    BOOST_ATTAINED = "boost-attained"
     SRTF = "srtf"
     SRTF_AGING = "srtf-aging"
     MLFQ = "mlfq"
@@ -100,6 +101,21 @@ def _boost(job: JobView, parameters: PolicyParameters) -> float:
     return job.arrival_s - expected_boost_s(job.remaining_s, gamma, least)
 
 
+def _boost_attained(job: JobView, parameters: PolicyParameters) -> float:
+    # UniBoost ("Beyond Prediction: Tail-Aware Scheduling for LLM Inference", ICML 2026) boosts by
+    # what is known: the prompt that is to be computed, and the service that was had.
+    known_s = max(job.prefill_s, job.attained_s, parameters.least_work_s)
+    return job.arrival_s - boost_s(known_s, parameters.gamma_per_s)
+
+
+def first_tokens_priority(arrival_s: float, parameters: PolicyParameters) -> float:
+    """Return the priority of a job whose first tokens are to come early: the largest boost.
+
+    It is the one of a job with the least work, so that the bound on starvation holds.
+    """
+    return arrival_s - boost_s(parameters.least_work_s, parameters.gamma_per_s)
+
+
 def _mean_remaining_s(job: JobView, parameters: PolicyParameters) -> float:
     return max(sum(job.remaining_s) / len(job.remaining_s), parameters.least_work_s)
 
@@ -138,6 +154,7 @@ PriorityOf: TypeAlias = Callable[[JobView, PolicyParameters], float]
 
 _PRIORITY_OF: Final[dict[Policy, PriorityOf]] = {
     Policy.BOOST: _boost,
+    Policy.BOOST_ATTAINED: _boost_attained,
     Policy.SRTF: _mean_remaining_s,
     Policy.SRTF_AGING: _srtf_aging,
     Policy.MLFQ: _mlfq,
@@ -145,8 +162,12 @@ _PRIORITY_OF: Final[dict[Policy, PriorityOf]] = {
 }
 
 
+PREDICTION_FREE: Final = frozenset({Policy.MLFQ, Policy.BOOST_ATTAINED})
+"""Policies that order jobs without an estimate, too."""
+
+
 def priority(policy: Policy, job: JobView, parameters: PolicyParameters) -> float:
     """Return the priority of `job` under `policy`: a finite number, lower goes first."""
-    if not job.remaining_s and policy is not Policy.MLFQ:
+    if not job.remaining_s and policy not in PREDICTION_FREE:
         return job.arrival_s
     return _PRIORITY_OF[policy](job, parameters)

@@ -19,7 +19,7 @@ from alise_scheduler.policy import Policy
 _log = logging.getLogger(__name__)
 
 POLL_S: Final = 2.0
-_KNOBS: Final = {"policy", "gamma", "aging_s"}
+_KNOBS: Final = {"policy", "gamma", "aging_s", "first_tokens"}
 
 
 class PolicyFileError(ValueError):
@@ -27,7 +27,7 @@ class PolicyFileError(ValueError):
 
 
 def parse_policy(text: str, base: PolicySettings) -> PolicySettings:
-    """Return `base` with the knobs of `text`: a JSON object of `policy`, `gamma` and `aging_s`.
+    """Return `base` with the knobs of `text`, a JSON object of some of `_KNOBS`.
 
     Knobs that are absent have the sidecar's defaults. Raises `PolicyFileError`.
     """
@@ -50,7 +50,14 @@ def parse_policy(text: str, base: PolicySettings) -> PolicySettings:
         policy=policy,
         gamma_per_s=None if gamma is None else _positive("gamma", gamma),
         aging_s=_positive("aging_s", knobs.get("aging_s", defaults.aging_s)),
+        first_tokens=_count("first_tokens", knobs.get("first_tokens", defaults.first_tokens)),
     )
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1_000_000:
+        raise PolicyFileError(f"{name} {value!r}: allowed are whole numbers, 0 to 1000000")
+    return value
 
 
 def _positive(name: str, value: Any) -> float:

@@ -25,6 +25,8 @@ MAX_TOKEN_ID: Final = 2**31 - 1
 MAX_NAME_CHARS: Final = 256
 """Of a job id, an engine id or a LoRA name."""
 MAX_PREDICT_PROMPTS: Final = 1024
+MAX_TIMED_PROMPTS: Final = 16
+"""Of a PredictRequest with `with_times`: each looks at the whole queue."""
 MAX_LIVE_JOBS: Final = 100_000
 """Of one engine; jobs beyond it get no estimates and so keep their arrival order."""
 MAX_ENGINES: Final = 64

@@ -15,17 +15,19 @@ from typing import Final
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from alise_scheduler import protocol
 from alise_scheduler.engine_state import EngineState, PolicySettings
 from alise_scheduler.engines import Engines
+from alise_scheduler.http_server import HttpPage, application
 from alise_scheduler.listen import Address, ListenError, TcpAddress, UnixAddress, prepare_socket
 from alise_scheduler.measured_predictor import MeasuredPredictor
 from alise_scheduler.metrics import Metrics
 from alise_scheduler.policy_file import POLL_S, PolicyFile
 from alise_scheduler.predictor import Predictor
 from alise_scheduler.service import SchedulerService
+from alise_scheduler.shadow_runner import ShadowRunner
+from alise_scheduler.status_source import StatusSource
 from alise_scheduler.v1 import scheduler_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ class ServerSettings:
     shared_dir: Path | None
     metrics_address: str
     metrics_port: int
-    """0: no metrics page."""
+    """0: no metrics and no status page."""
     grace_s: float
     policy: PolicySettings
     policy_file: Path | None = None
@@ -94,8 +96,23 @@ async def running(
     policy_file = PolicyFile(settings.policy_file, settings.policy)
     policy_file.refresh()
     engines = Engines(lambda: EngineState(measured, policy_file.settings), settings.grace_s)
+    shadow = ShadowRunner()
+    source = StatusSource(
+        loop=asyncio.get_running_loop(),
+        policy=lambda: policy_file.settings.policy,
+        engines=engines,
+        predictor=predictor,
+        metrics=metrics,
+        shadow=shadow,
+    )
     service = SchedulerService(
-        measured, engines, metrics, policy_file.settings.policy, settings.shared_dir, stopping
+        measured,
+        engines,
+        metrics,
+        policy_file.settings.policy,
+        settings.shared_dir,
+        stopping,
+        source.status,
     )
     server = grpc.aio.server(options=_OPTIONS)
     health_servicer = health.aio.HealthServicer()
@@ -104,9 +121,10 @@ async def running(
     names = (protocol.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     target = _bind(server, settings)
-    page = _start_metrics_page(settings, metrics)
+    page = _start_page(settings, metrics, source)
     predictor.start()
-    background = [asyncio.create_task(_follow(metrics, engines, predictor))]
+    shadow.start()
+    background = [asyncio.create_task(_follow(metrics, engines, predictor, shadow))]
     if settings.policy_file is not None:
         background.append(asyncio.create_task(_follow_policy(policy_file, engines, service)))
     try:
@@ -121,10 +139,10 @@ async def running(
         await server.stop(_STOP_GRACE_S)
         for task in background:
             task.cancel()
+        shadow.close()
         predictor.close()
         if page is not None:
-            page[0].shutdown()
-            page[0].server_close()
+            page.close()
         if isinstance(settings.address, UnixAddress):
             with suppress(OSError):
                 settings.address.path.unlink()
@@ -166,12 +184,16 @@ def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
     )
 
 
-def _start_metrics_page(settings: ServerSettings, metrics: Metrics):  # type: ignore[no-untyped-def]
+def _start_page(
+    settings: ServerSettings, metrics: Metrics, source: StatusSource
+) -> HttpPage | None:
     if not settings.metrics_port:
         return None
     try:
-        return start_http_server(
-            settings.metrics_port, addr=settings.metrics_address, registry=metrics.registry
+        return HttpPage(
+            settings.metrics_address,
+            settings.metrics_port,
+            application(metrics.registry, source.status),
         )
     except OSError as error:
         raise ListenError(
@@ -180,8 +202,12 @@ def _start_metrics_page(settings: ServerSettings, metrics: Metrics):  # type: ig
         ) from error
 
 
-async def _follow(metrics: Metrics, engines: Engines, predictor: Predictor) -> None:
+async def _follow(
+    metrics: Metrics, engines: Engines, predictor: Predictor, shadow: ShadowRunner
+) -> None:
     while True:
+        shadow.feed(engines)
+        metrics.show_shadow(shadow.ratios)
         metrics.show_engines(engines, engines.connected)
         metrics.show_predictor(predictor, predictor.quality())
         await asyncio.sleep(_GAUGES_PERIOD_S)

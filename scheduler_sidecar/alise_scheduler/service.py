@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,11 +13,13 @@ from typing import Any, NoReturn
 import grpc
 
 from alise_scheduler import protocol
-from alise_scheduler.engine_state import PREDICTIONS_PER_STEP
+from alise_scheduler.engine_state import PREDICTIONS_PER_STEP, Introduction
 from alise_scheduler.engines import Connection, Engines, TooManyEnginesError
 from alise_scheduler.measured_predictor import MeasuredPredictor
 from alise_scheduler.metrics import Metrics
 from alise_scheduler.policy import Policy
+from alise_scheduler.status import Status
+from alise_scheduler.status_source import BusyError
 from alise_scheduler.stream import Stream
 from alise_scheduler.token_table import TokenTableError
 from alise_scheduler.v1 import scheduler_pb2 as pb
@@ -42,15 +45,17 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
     policy: Policy
     shared_dir: Path | None
     stopping: asyncio.Event
+    status: Callable[[], Status]
+    """Called on a thread; raises `BusyError`."""
 
     async def Predict(self, request: pb.PredictRequest, context: Any) -> pb.PredictResponse:  # noqa: N802
         """Predict answer lengths, a bounded batch at a time."""
-        if len(request.prompts) > protocol.MAX_PREDICT_PROMPTS:
+        limit = protocol.MAX_TIMED_PROMPTS if request.with_times else protocol.MAX_PREDICT_PROMPTS
+        if len(request.prompts) > limit:
             await self._abort(
                 context,
                 grpc.StatusCode.INVALID_ARGUMENT,
-                f"PredictRequest has {len(request.prompts)} prompts; "
-                f"allowed are {protocol.MAX_PREDICT_PROMPTS}",
+                f"PredictRequest has {len(request.prompts)} prompts; allowed are {limit}",
             )
         response = pb.PredictResponse(model_version=self.predictor.model_version)
         for start in range(0, len(request.prompts), PREDICTIONS_PER_STEP):
@@ -61,7 +66,18 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
                 await self._abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
             response.predictions.extend(map(prediction_message, self.predictor.predict(jobs)))
             await asyncio.sleep(0)
+        if request.with_times:
+            with suppress(BusyError):  # the lengths are an answer, too
+                await asyncio.to_thread(self._add_times, request, response)
         return response
+
+    def _add_times(self, request: pb.PredictRequest, response: pb.PredictResponse) -> None:
+        status = self.status()
+        for prompt, prediction in zip(request.prompts, response.predictions, strict=True):
+            quantiles = tuple(prediction.quantiles_tokens)
+            times = status.times_of(prompt_from(prompt), quantiles) if quantiles else None
+            if times is not None:
+                prediction.wait_s, prediction.service_s = times.wait_s, times.service_s
 
     # The stubs know only handlers that yield; gRPC takes those that write as well.
     async def Session(  # type: ignore[override]  # noqa: N802
@@ -110,6 +126,13 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         rest: AsyncIterator[pb.EngineMessage],
         context: Any,
     ) -> None:
+        connection.state.introduction = Introduction(
+            model=hello.model,
+            slots=hello.max_num_seqs,
+            kv_tokens=hello.kv_tokens,
+            block_tokens=hello.block_tokens,
+            batched_tokens=hello.max_num_batched_tokens,
+        )
         self._load_token_table(hello.token_table_file)
         stream = Stream(connection.state, self.metrics, context.write)
         await stream.welcome(

@@ -72,6 +72,7 @@ class Stream:
             return
         self._received_sequence = message.sequence
         self._order.check(message)
+        self.state.hear(message.sent_s, asyncio.get_running_loop().time())
         for index, event in enumerate(events_from(message), start=1):
             self._apply(event)
             if index % _EVENTS_PER_TURN == 0:
@@ -88,7 +89,7 @@ class Stream:
             self.metrics.events.labels("failed").inc()
             return
         if ended is not None:
-            self.metrics.finished.labels(ended.reason.value).inc()
+            self.metrics.finished.labels(ended.event.reason.value).inc()
 
     async def _write(self) -> None:
         while True:

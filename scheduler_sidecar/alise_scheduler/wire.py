@@ -157,13 +157,14 @@ def _progress(event: pb.JobProgress) -> Progress:
 
 
 def _finished(event: pb.JobFinished) -> Finished:
-    _finite("JobFinished.finish_s", event.finish_s)
-    _finite("JobFinished.first_token_s", event.first_token_s)
     return Finished(
         job_id=_job_id(event.job_id),
         reason=_REASON_OF.get(event.reason, FinishReason.ERROR),
         output_tokens=event.output_tokens,
         new_token_ids=_new_token_ids(event.new_token_ids),
+        finish_s=_finite("JobFinished.finish_s", event.finish_s),
+        first_token_s=_finite("JobFinished.first_token_s", event.first_token_s),
+        cached_prompt_tokens=event.cached_prompt_tokens,
     )
 
 

@@ -6,6 +6,7 @@ reports damaged blocks, so that vLLM computes them again.
 
 from __future__ import annotations
 
+import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
@@ -36,6 +37,11 @@ class AliseOffloadingConnector(OffloadingConnector):  # type: ignore[misc]  # vL
             self.connector_scheduler = TierScheduler(spec, vllm_config, kv_cache_config)
         else:
             self.connector_worker = OffloadingConnectorWorker(spec, vllm_config, kv_cache_config)
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Hand the KV tensors over as they are: the stock one would make plain bytes of them."""
+        assert self.connector_worker is not None
+        self.connector_worker._init_worker(kv_caches)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the device blocks that could not be filled; vLLM computes them again."""

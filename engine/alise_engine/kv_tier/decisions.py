@@ -15,9 +15,7 @@ Invariants (tests/test_alise_engine_kv_tier_decisions.py):
 
 from __future__ import annotations
 
-import heapq
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -89,26 +87,6 @@ def recompute_s(copy: Copy, costs: CopyCosts) -> float:
 def preemption_s(copy: Copy, costs: CopyCosts) -> float:
     """Return what preempting this very job costs: swapping or recomputing, the cheaper one."""
     return min(swap_s(copy, costs), recompute_s(copy, costs))
-
-
-def waiting_times(
-    frees_s: Sequence[float], free_slots: int, remaining_s: Iterable[float]
-) -> list[float]:
-    """Return the EWT of each waiting job, in queue order.
-
-    `frees_s` are the expected seconds until each running job ends; each waiting job takes the
-    first slot that is free and keeps it for its `remaining_s`. Infinite where there is no slot.
-    """
-    slots = [0.0] * free_slots + list(frees_s)
-    heapq.heapify(slots)
-    times = []
-    for work_s in remaining_s:
-        if not slots:
-            times.append(math.inf)
-            continue
-        times.append(slots[0])
-        heapq.heapreplace(slots, slots[0] + work_s)
-    return times
 
 
 def is_prefetch_due(ewt_s: float, load_s: float, step_s: float, parameters: TierParameters) -> bool:

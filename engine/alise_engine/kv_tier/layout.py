@@ -2,11 +2,11 @@
 
 Pure arithmetic. A slot holds one block of all layers of one worker:
 
-    | layer 0 | layer 1 | ... | their scales |
+    | layer 0: K, V | layer 1: K, V | ... | their scales |
 
-With INT8, each *group* of `group` neighbouring elements (one head of one token where the attention
-backend keeps a head's channels together) has one float16 scale. Without, a slot holds the exact
-bytes and there are no scales.
+With INT8, K lies by head, channel and token, V by head, token and channel, whatever the attention
+backend's order is, and each *group* of `group` neighbours there has one float16 scale. Without, a
+slot holds the exact bytes in the backend's own order and there are no scales.
 """
 
 from __future__ import annotations

@@ -35,8 +35,10 @@ def tail_key(tokens: int) -> OffloadKey:
 class HostSlots(LoadStoreSpec):  # type: ignore[misc]  # vLLM is untyped to us
     """Slots of the host tier, in the order of the job's blocks."""
 
-    def __init__(self, slots: list[int]) -> None:
+    def __init__(self, slots: list[int], tail_tokens: int | None = None) -> None:
         self.slots = slots
+        self.tail_tokens = tail_tokens
+        """Tokens of the last block, where they don't fill it."""
 
 
 @dataclass(slots=True)

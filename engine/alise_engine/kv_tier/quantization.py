@@ -2,8 +2,10 @@
 
     scale = max |x| / 127 over the group, in float16;   q = round(x / scale);   x' = q scale
 
-Device-neutral torch over all layers of some blocks at a time, in scratch memory that is made once:
-fresh memory for every step of it would cost more than the arithmetic.
+A group of K is of some channels of a block's tokens, as K's large numbers stay in their channels; a
+group of V is one token's (KIVI, Liu et al., ICML 2024, arXiv 2402.02750). Device-neutral torch over
+all layers of some blocks at a time, in scratch memory that is made once: fresh memory for every
+step of it would cost more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from alise_engine.kv_tier.layout import Quantization, SlotLayout
+from alise_engine.kv_tier.pages import KvPages
 
 _MAX_INT8 = 127.0
 _LEAST_SCALE = 2.0**-14
@@ -27,31 +30,50 @@ class BlockCodec:
     Args:
         layout: of a slot.
         rows: blocks at a time; one is best on a CPU, whose cache it fits, some on a GPU.
-        pages: the KV cache, shape (layers, blocks, page elements).
+        pages: the KV cache.
+
+    Raises:
+        ValueError: the pages are of another size than the layout's.
 
     """
 
-    def __init__(self, layout: SlotLayout, rows: int, pages: torch.Tensor) -> None:
+    def __init__(self, layout: SlotLayout, rows: int, pages: KvPages) -> None:
+        if pages.whole[:, 0].numel() != layout.block_elements:
+            raise ValueError(
+                f"A block of the KV cache has {pages.whole[:, 0].numel()} elements, not the "
+                f"{layout.block_elements} that vLLM announced; serve with --alise-kv-host-gib 0"
+            )
         self._layout = layout
         self._pages = pages
         self._is_int8 = layout.quantization == Quantization.INT8
         if self._is_int8:
             groups = layout.block_elements // layout.group
             shape = (rows, groups, layout.group)
-            self._values = torch.empty(shape, dtype=torch.float32, device=pages.device)
+            device = pages.whole.device
+            self._values = torch.empty(shape, dtype=torch.float32, device=device)
             self._magnitudes = torch.empty_like(self._values)
             self._scales = self._values.new_empty(rows, groups, 1)
 
-    def encode(self, blocks: Sequence[int], slots: torch.Tensor) -> None:
-        """Pack `blocks` into `slots`, shape (blocks, slot bytes), int8."""
+    def encode(
+        self, blocks: Sequence[int], slots: torch.Tensor, tail_tokens: int | None = None
+    ) -> None:
+        """Pack `blocks` into `slots`, shape (blocks, slot bytes), int8.
+
+        The last block has only `tail_tokens` tokens, if given; what lies behind them is somebody's
+        old KV, and must not widen the scale of these.
+        """
         rows = len(blocks)
         if not self._is_int8:
             for row, block in enumerate(blocks):
-                self._exact(slots[row]).copy_(self._pages[:, block])
+                self._exact(slots[row]).copy_(self._pages.whole[:, block])
             return
         values, scales = self._values[:rows], self._scales[:rows]
         for row, block in enumerate(blocks):
-            self._by_page(values[row]).copy_(self._pages[:, block])
+            keys, block_values = self._halves(values[row])
+            keys.copy_(self._pages.keys[:, block])
+            block_values.copy_(self._pages.values[:, block])
+        if tail_tokens is not None:
+            self._blank(values[rows - 1], tail_tokens)
         torch.abs(values, out=self._magnitudes[:rows])
         torch.amax(self._magnitudes[:rows], -1, keepdim=True, out=scales)
         scales.div_(_MAX_INT8).clamp_(min=_LEAST_SCALE)
@@ -66,19 +88,25 @@ class BlockCodec:
         """Unpack `slots` into `blocks`."""
         if not self._is_int8:
             for row, block in enumerate(blocks):
-                self._pages[:, block].copy_(self._exact(slots[row]))
+                self._pages.whole[:, block].copy_(self._exact(slots[row]))
             return
         values = self._dequantized(slots)
         for row, block in enumerate(blocks):
-            self._pages[:, block].copy_(self._by_page(values[row]))
+            keys, block_values = self._halves(values[row])
+            self._pages.keys[:, block].copy_(keys)
+            self._pages.values[:, block].copy_(block_values)
 
     def relative_error(self, block: int, slot: torch.Tensor) -> torch.Tensor:
         """Return the root mean square error of `slot` over the root mean square of `block`."""
         if not self._is_int8:
             return torch.zeros(())
-        exact = self._pages[:, block].float()
-        error = self._by_page(self._dequantized(slot[None])[0]) - exact
-        return error.square().mean().sqrt() / exact.square().mean().sqrt().clamp_(min=1e-30)
+        halves = self._halves(self._dequantized(slot[None])[0])
+        error = square = torch.zeros((), device=slot.device)
+        for kept, pages in zip(halves, (self._pages.keys, self._pages.values), strict=True):
+            exact = pages[:, block].float()
+            error = error + (kept - exact).square().sum()
+            square = square + exact.square().sum()
+        return (error / square.clamp_(min=1e-30)).sqrt()
 
     def is_finite(self, slot: torch.Tensor) -> bool:
         """Say whether a slot in host memory holds numbers: else a scale is infinite or NaN."""
@@ -94,11 +122,29 @@ class BlockCodec:
         scales.squeeze(-1).copy_(self._packed_scales(slots))
         return values.mul_(scales)
 
-    def _by_page(self, values: torch.Tensor) -> torch.Tensor:
-        return values.view(self._layout.layers, self._layout.page_elements)
+    def _halves(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of one block's scratch in the shapes of `KvPages` without the blocks."""
+        by_layer = values.view(self._layout.layers, 2, -1)
+        keys, block_values = self._pages.keys[0, 0], self._pages.values[0, 0]
+        return (
+            by_layer[:, 0].unflatten(-1, keys.shape),
+            by_layer[:, 1].unflatten(-1, block_values.shape),
+        )
+
+    def _blank(self, values: torch.Tensor, tokens: int) -> None:
+        """Zero the places of one block's scratch that are behind its first `tokens` tokens."""
+        if not self._pages.are_tokens_known:
+            return
+        keys, block_values = self._halves(values)
+        part_tokens = keys.shape[-1]
+        for part in range(keys.shape[1]):
+            first = min(max(tokens - part * part_tokens, 0), part_tokens)
+            keys[:, part, ..., first:] = 0.0
+            block_values[:, part, :, first:] = 0.0
 
     def _packed_scales(self, slots: torch.Tensor) -> torch.Tensor:
         return slots[:, self._layout.data_bytes :].view(torch.float16)
 
     def _exact(self, slot: torch.Tensor) -> torch.Tensor:
-        return self._by_page(slot.view(self._pages.dtype))
+        whole = self._pages.whole
+        return slot.view(whole.dtype).view(whole[:, 0].shape)

@@ -35,7 +35,7 @@ from vllm.v1.request import Request
 from alise_engine.kv_tier import metrics
 from alise_engine.kv_tier.decisions import Copy, CopyCosts, recompute_s, swap_s
 from alise_engine.kv_tier.layout import Quantization
-from alise_engine.kv_tier.manager import HostTierManager, tail_key
+from alise_engine.kv_tier.manager import HostSlots, HostTierManager, tail_key
 from alise_engine.kv_tier.spec import QuantizedOffloadingSpec
 
 _INITIAL_BYTES_PER_S = 1e9
@@ -277,7 +277,8 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]  # vLLM
             deferred_fence_block_ids=[block],
         )
         source = GPULoadStoreSpec([block], group_sizes=[1], block_indices=[place])
-        return {transfer_id: TransferJob(job_id, source, output.store_spec)}
+        slots = HostSlots(output.store_spec.slots, tokens % self.block_tokens)
+        return {transfer_id: TransferJob(job_id, source, slots)}
 
     def _make_boundary_key(
         self,

@@ -15,17 +15,13 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
-from vllm.v1.kv_offload.base import (
-    CanonicalKVCaches,
-    OffloadingSpec,
-    OffloadingWorker,
-    TransferResult,
-)
+from vllm.v1.kv_offload.base import OffloadingSpec, OffloadingWorker, TransferResult
 from vllm.v1.kv_offload.config import OffloadingConfig
 
 from alise_engine.kv_tier.layout import Quantization, SlotLayout, slots_within
 from alise_engine.kv_tier.manager import HostTierManager
-from alise_engine.kv_tier.worker import STAGING_SLOTS, TierWorker, stacked
+from alise_engine.kv_tier.pages import cpu_pages, gpu_pages, stacked
+from alise_engine.kv_tier.worker import STAGING_SLOTS, TierWorker
 
 logger = init_logger("vllm.alise.kv_tier")
 
@@ -41,8 +37,10 @@ class TierSettings:
     host_bytes: int
     """Bound on host memory of all workers together."""
     quantization: Quantization
-    group: int
-    """Elements that share a scale: the head size."""
+    page_bytes: int
+    """Of one layer in one block, without padding."""
+    head_size: int
+    """Also how many elements share a scale."""
     unsupported: str | None
     """Why this model is served without the tier; None when it is served with it."""
 
@@ -54,10 +52,12 @@ def read_settings(
     quantization = Quantization(extra_config.get("quantization", Quantization.INT8.value))
     groups = kv_cache_config.kv_cache_groups
     unsupported = unsupported_reason(vllm_config, kv_cache_config, quantization)
+    spec = groups[0].kv_cache_spec if not unsupported else None
     return TierSettings(
         host_bytes=int(extra_config.get("host_bytes", 0)),
         quantization=quantization,
-        group=1 if unsupported else groups[0].kv_cache_spec.head_size,
+        page_bytes=spec.unpadded_page_size_bytes if spec is not None else 0,
+        head_size=spec.head_size if spec is not None else 1,
         unsupported=unsupported,
     )
 
@@ -81,7 +81,18 @@ def unsupported_reason(
             f"--kv-cache-dtype {cache_dtype} is quantized already; "
             "use --alise-kv-quantization none with it"
         )
+    if quantization == Quantization.INT8 and not _has_plain_heads(spec):
+        return (
+            "K and V do not lie head by head in its KV cache, or differ in size; "
+            "use --alise-kv-quantization none with it"
+        )
     return None
+
+
+def _has_plain_heads(spec: FullAttentionSpec) -> bool:
+    """Say whether each head's content of a token is K and V, and nothing else."""
+    is_one_size: bool = spec.head_size == spec.head_size_v
+    return is_one_size and spec.num_head_slots is None and spec.state_content_bytes is None
 
 
 class QuantizedOffloadingSpec(OffloadingSpec):  # type: ignore[misc]  # vLLM is untyped to us
@@ -94,16 +105,14 @@ class QuantizedOffloadingSpec(OffloadingSpec):  # type: ignore[misc]  # vLLM is 
         self.settings = settings
         self.layout: SlotLayout | None = None
         self.slots = 0
-        self._dtype = _DTYPES.get(config.model.dtype, torch.int8)
-        block_bytes = config.worker_kv_bytes_per_block
-        if settings.unsupported is not None or not block_bytes:
+        if settings.unsupported is not None or not config.worker_kv_bytes_per_block:
             return
-        layers = len(config.groups[0].layer_names)
+        element_bytes = _DTYPES.get(config.model.dtype, torch.int8).itemsize
         self.layout = SlotLayout(
-            layers=layers,
-            page_elements=block_bytes // layers // self._dtype.itemsize,
-            element_bytes=self._dtype.itemsize,
-            group=settings.group,
+            layers=len(config.groups[0].layer_names),
+            page_elements=settings.page_bytes // element_bytes,
+            element_bytes=element_bytes,
+            group=settings.head_size,
             quantization=settings.quantization,
         )
         self.slots = slots_within(
@@ -128,14 +137,14 @@ class QuantizedOffloadingSpec(OffloadingSpec):  # type: ignore[misc]  # vLLM is 
             )
         return HostTierManager(self.slots)
 
-    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
-        """Return a worker's half for its KV tensors."""
+    def get_worker(self, kv_caches: Mapping[str, torch.Tensor]) -> OffloadingWorker:
+        """Return a worker's half for vLLM's KV tensors, by layer (see `pages`)."""
         if self.layout is None:
             return _NoWorker()
-        refs = kv_caches.group_data_refs[0]
-        tensors = [kv_caches.tensors[ref.tensor_idx].tensor for ref in refs]
-        pages = stacked(tensors, self._dtype, self.layout.page_elements)
-        return TierWorker(pages, self.layout, self.slots)
+        caches = [kv_caches[name] for name in self.config.groups[0].layer_names]
+        cache = stacked(caches, self.tokens_per_block[0])
+        view = cpu_pages if cache.device.type == "cpu" else gpu_pages
+        return TierWorker(view(cache, self.settings.head_size), self.layout, self.slots)
 
 
 class _NoWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM is untyped to us

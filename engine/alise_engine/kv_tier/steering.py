@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from alise_scheduler.waiting import waiting_times
 from vllm.v1.core.sched.scheduler import KV_FETCH_IN_PROGRESS
 from vllm.v1.request import Request, RequestStatus
 
@@ -23,7 +24,6 @@ from alise_engine.kv_tier.decisions import (
     choose_stores,
     is_prefetch_due,
     store_budget_blocks,
-    waiting_times,
 )
 from alise_engine.kv_tier.scheduler import TierScheduler
 

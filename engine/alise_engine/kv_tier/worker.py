@@ -22,6 +22,7 @@ from alise_engine.kv_tier import metrics
 from alise_engine.kv_tier.host_memory import HostMemory
 from alise_engine.kv_tier.layout import SlotLayout
 from alise_engine.kv_tier.manager import HostSlots
+from alise_engine.kv_tier.pages import KvPages
 from alise_engine.kv_tier.quantization import BlockCodec
 
 logger = logging.getLogger("vllm.alise.kv_tier")
@@ -50,15 +51,15 @@ class TierWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM is untyped to 
     """Stores and loads blocks of `pages`.
 
     Args:
-        pages: the KV cache, shape (layers, blocks, page elements), in its own dtype.
+        pages: the KV cache, in its own dtype.
         layout: of a slot.
         slots: how many there are.
 
     """
 
-    def __init__(self, pages: torch.Tensor, layout: SlotLayout, slots: int) -> None:
+    def __init__(self, pages: KvPages, layout: SlotLayout, slots: int) -> None:
         self._layout = layout
-        self._device = pages.device
+        self._device = pages.whole.device
         self._is_cuda = self._device.type == "cuda"
         self._memory = HostMemory(slots, layout.slot_bytes, is_pinned=self._is_cuda)
         self._codec = BlockCodec(layout, STAGING_SLOTS if self._is_cuda else 1, pages)
@@ -73,7 +74,7 @@ class TierWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM is untyped to 
         transfer.slots = dst_spec.slots
         try:
             with self._on_stream():
-                self._store(src_spec.block_ids.tolist(), transfer)
+                self._store(src_spec.block_ids.tolist(), transfer, dst_spec.tail_tokens)
         except Exception:
             logger.exception(
                 "Storing %d KV blocks failed; they will be recomputed", len(transfer.slots)
@@ -124,20 +125,23 @@ class TierWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM is untyped to 
 
     # Copies.
 
-    def _store(self, blocks: Sequence[int], transfer: _Transfer) -> None:
+    def _store(self, blocks: Sequence[int], transfer: _Transfer, tail_tokens: int | None) -> None:
         self._stores += 1
         rows = self._memory.rows
         if not self._is_cuda:
-            for block, slot in zip(blocks, transfer.slots, strict=True):
-                self._codec.encode([block], rows[slot : slot + 1])
+            for place, (block, slot) in enumerate(zip(blocks, transfer.slots, strict=True)):
+                is_last = place == len(blocks) - 1
+                self._codec.encode([block], rows[slot : slot + 1], tail_tokens if is_last else None)
         else:
             for start in range(0, len(blocks), STAGING_SLOTS):
                 part = blocks[start : start + STAGING_SLOTS]
                 staging = self._staging(len(part), transfer)
-                self._codec.encode(part, staging)
+                is_last = start + STAGING_SLOTS >= len(blocks)
+                self._codec.encode(part, staging, tail_tokens if is_last else None)
                 for row, slot in zip(staging, transfer.slots[start:], strict=False):
                     rows[slot].copy_(row, non_blocking=True)
-        if blocks and self._stores % _ERROR_SAMPLE_EVERY == 1:
+        # Of a tail, the error would be that of what is not kept.
+        if blocks and tail_tokens is None and self._stores % _ERROR_SAMPLE_EVERY == 1:
             slot = rows[transfer.slots[0]] if not self._is_cuda else transfer.kept[0][0]
             transfer.relative_error = self._codec.relative_error(blocks[0], slot)
 
@@ -220,42 +224,3 @@ class TierWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM is untyped to 
         for slot in transfer.slots:
             self._memory.spoil(slot)
         transfer.slots = ()
-
-
-def stacked(tensors: Sequence[torch.Tensor], dtype: torch.dtype, elements: int) -> torch.Tensor:
-    """Return vLLM's KV tensors as one, without a copy.
-
-    Args:
-        tensors: bytes of each layer, shape (blocks, page bytes), at equal distances in one
-            allocation.
-        dtype: of the KV cache.
-        elements: of a page without its padding.
-
-    Returns:
-        Shape (layers, blocks, elements).
-
-    Raises:
-        ValueError: the layers lie in another way.
-
-    """
-    first = tensors[0]
-    starts = [tensor.data_ptr() for tensor in tensors]
-    step = starts[1] - starts[0] if len(starts) > 1 else 0
-    is_regular = all(start == starts[0] + i * step for i, start in enumerate(starts)) and all(
-        tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and tensor.shape == first.shape
-        and tensor.stride() == first.stride()
-        for tensor in tensors
-    )
-    if not is_regular or step < 0 or step % dtype.itemsize or first.stride(0) % dtype.itemsize:
-        raise ValueError(
-            "The KV tier does not know this layout of the KV cache; serve with "
-            "--alise-kv-host-gib 0"
-        )
-    flat = torch.empty(0, dtype=dtype, device=first.device)
-    return flat.set_(
-        first.untyped_storage(),
-        first.storage_offset() // dtype.itemsize,
-        (len(tensors), first.shape[0], elements),
-        (step // dtype.itemsize, first.stride(0) // dtype.itemsize, 1),
-    )

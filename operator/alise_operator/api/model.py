@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from alise_operator.api.base import ApiModel, Name, SecretKeyRef, rules
+
+EMBEDDED: Final = "embedded://smollm2-135m-instruct"
+"""The model that `alise serve` serves when it is told none."""
 
 
 class CacheSpec(ApiModel):
@@ -45,9 +48,11 @@ class ModelSpec(ApiModel):
     model_config = rules(
         (
             "self.uri.startsWith('hf://') || self.uri.startsWith('s3://') || "
-            "self.uri.startsWith('pvc://') || self.uri.startsWith('oci://')",
+            "self.uri.startsWith('pvc://') || self.uri.startsWith('oci://') || "
+            f"self.uri == '{EMBEDDED}'",
             "model.uri must start with hf://, s3://, pvc:// or oci://, "
-            "for example hf://Qwen/Qwen2.5-7B-Instruct",
+            "for example hf://Qwen/Qwen2.5-7B-Instruct, "
+            f"or be {EMBEDDED}, the model in the engine's image",
         ),
         (
             "!self.uri.startsWith('hf://') || self.uri.matches('^hf://[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$')",
@@ -73,7 +78,7 @@ class ModelSpec(ApiModel):
 
     uri: Annotated[str, Field(min_length=6, max_length=512)]
     """Where the weights are: hf://ORGANISATION/NAME, s3://BUCKET/PATH, pvc://CLAIM/PATH or
-    oci://IMAGE."""
+    oci://IMAGE; or embedded://smollm2-135m-instruct, the small model in the engine's CPU image."""
     revision: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Branch, tag or commit of a hf:// model; a commit makes restarts reproducible."""
     served_name: Annotated[str, Field(min_length=1, max_length=253)] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from alise_operator.api.model import EMBEDDED
 from alise_operator.manifests.service_view import ServiceView
 
 CACHE_DIR: Final = "/var/cache/alise"
@@ -24,6 +25,8 @@ class Weights:
 def base_model(service: ServiceView) -> Weights:
     """Return the model argument, which comes first, and what must be mounted for it."""
     model = service.spec.model
+    if model.uri == EMBEDDED:
+        return Weights(())  # what `alise serve` takes, with options that suit it
     scheme, _, rest = model.uri.partition("://")
     if scheme == "hf":
         revision = ("--revision", model.revision) if model.revision else ()

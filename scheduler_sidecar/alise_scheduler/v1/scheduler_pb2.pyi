@@ -55,6 +55,9 @@ class PredictRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPTS_FIELD_NUMBER: _builtins.int
+    WITH_TIMES_FIELD_NUMBER: _builtins.int
+    with_times: _builtins.bool
+    """Also say how long each would wait and run if it came now; then at most 16 prompts."""
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prompt]:
         """At most 1,024 prompts."""
@@ -63,10 +66,11 @@ class PredictRequest(_message.Message):
         self,
         *,
         prompts: _abc.Iterable[Global___Prompt] | None = ...,
+        with_times: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts", "with_times", b"with_times"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -140,6 +144,13 @@ class Prediction(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     QUANTILES_TOKENS_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
+    SERVICE_S_FIELD_NUMBER: _builtins.int
+    wait_s: _builtins.float
+    """With `with_times`, and where there is an engine and a model: until it would have a slot at the
+    engine where that is soonest, and its own time from then on, at the present load.
+    """
+    service_s: _builtins.float
     @_builtins.property
     def quantiles_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """p10, p25, p50, p75 and p90 of the answer's length in tokens; empty before the first model."""
@@ -148,12 +159,21 @@ class Prediction(_message.Message):
         self,
         *,
         quantiles_tokens: _abc.Iterable[_builtins.float] | None = ...,
+        wait_s: _builtins.float | None = ...,
+        service_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_service_s", b"_service_s", "_wait_s", b"_wait_s", "service_s", b"service_s", "wait_s", b"wait_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["quantiles_tokens", b"quantiles_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_service_s", b"_service_s", "_wait_s", b"_wait_s", "quantiles_tokens", b"quantiles_tokens", "service_s", b"service_s", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__service_s: _TypeAlias = _typing.Literal["service_s"]  # noqa: Y015
+    _WhichOneofArgType__service_s: _TypeAlias = _typing.Literal["_service_s", b"_service_s"]  # noqa: Y015
+    _WhichOneofReturnType__wait_s: _TypeAlias = _typing.Literal["wait_s"]  # noqa: Y015
+    _WhichOneofArgType__wait_s: _TypeAlias = _typing.Literal["_wait_s", b"_wait_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__service_s) -> _WhichOneofReturnType__service_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__wait_s) -> _WhichOneofReturnType__wait_s | None: ...
 
 Global___Prediction: _TypeAlias = Prediction  # noqa: Y015
 
@@ -244,6 +264,9 @@ class Hello(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
     TOKEN_TABLE_FILE_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_FIELD_NUMBER: _builtins.int
+    BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """An incompatible peer is refused with FAILED_PRECONDITION and both versions in the message."""
     engine_id: _builtins.str
@@ -255,6 +278,10 @@ class Hello(_message.Message):
     """Slots: jobs that can run at once."""
     token_table_file: _builtins.str
     """Name, without folders, of the token table in the shared folder; empty when there is none."""
+    kv_tokens: _builtins.int
+    """KV cache in tokens, the size of its blocks, and tokens of a step at most; 0: not told."""
+    block_tokens: _builtins.int
+    max_num_batched_tokens: _builtins.int
     def __init__(
         self,
         *,
@@ -265,10 +292,13 @@ class Hello(_message.Message):
         max_model_len: _builtins.int = ...,
         max_num_seqs: _builtins.int = ...,
         token_table_file: _builtins.str = ...,
+        kv_tokens: _builtins.int = ...,
+        block_tokens: _builtins.int = ...,
+        max_num_batched_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "engine_version", b"engine_version", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "protocol_version", b"protocol_version", "token_table_file", b"token_table_file"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "engine_id", b"engine_id", "engine_version", b"engine_version", "kv_tokens", b"kv_tokens", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "protocol_version", b"protocol_version", "token_table_file", b"token_table_file"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -395,6 +425,7 @@ class JobFinished(_message.Message):
     FINISH_S_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_S_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     reason: Global___FinishReason.ValueType
     output_tokens: _builtins.int
@@ -402,6 +433,8 @@ class JobFinished(_message.Message):
     first_token_s: _builtins.float
     """Finish or first token minus arrival; 0 when there was no token."""
     preemptions: _builtins.int
+    cached_prompt_tokens: _builtins.int
+    """Of the prompt, found in the prefix cache when it first got a slot."""
     @_builtins.property
     def new_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -414,10 +447,11 @@ class JobFinished(_message.Message):
         finish_s: _builtins.float = ...,
         first_token_s: _builtins.float = ...,
         preemptions: _builtins.int = ...,
+        cached_prompt_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_s", b"finish_s", "first_token_s", b"first_token_s", "job_id", b"job_id", "new_token_ids", b"new_token_ids", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "finish_s", b"finish_s", "first_token_s", b"first_token_s", "job_id", b"job_id", "new_token_ids", b"new_token_ids", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

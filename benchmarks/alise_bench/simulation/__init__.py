@@ -1,0 +1,1 @@
+"""`alise simulate`: the policy, dispatch and KV-tier decisions that serve, on a modelled engine."""

@@ -1,0 +1,119 @@
+"""A benchmark's real runs simulated: the same requests and arrivals, and how far off it is.
+
+The step cost is fitted to the FCFS runs alone, from when their tokens came; the other systems
+are then predicted with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+from alise_scheduler.cost_model import StepCost, fit
+from alise_scheduler.events import StepTiming
+from alise_scheduler.replica import Hardware, SimulatedRequest
+
+from alise_bench.errors import BenchError
+from alise_bench.metrics import RequestRow, run_metrics
+from alise_bench.simulation.compare import SimulatedMetrics, metrics_of, simulate
+from alise_bench.simulation.profiles import Profile
+from alise_bench.simulation.systems import ALISE, FCFS, SYSTEMS, SimulatedSystem
+from alise_bench.store import Run, load_plan, load_runs
+from alise_bench.systems import System
+
+_SAME_STEP_S: Final = 0.008  # tokens of one step reach the client within this
+_LONGEST_STEP_S: Final = 8.0  # beyond it the engine was idle
+
+SIMULATED_AS: Final[dict[System, SimulatedSystem]] = {
+    System.FCFS: FCFS,
+    System.ALISE: ALISE,
+    System.ALISE_RECOMPUTE: SYSTEMS["alise-recompute"],
+    System.ALISE_ORACLE: SYSTEMS["alise-oracle"],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One real run and its simulation."""
+
+    run: str
+    real: SimulatedMetrics
+    simulated: SimulatedMetrics
+
+
+def steps_of(rows: Sequence[RequestRow]) -> list[StepTiming]:
+    """Return the engine's steps as the clients saw them: tokens that came together are one."""
+    tokens = sorted((time_s, index) for index, row in enumerate(rows) for time_s in row.token_s)
+    groups: list[list[tuple[float, int]]] = []
+    for token in tokens:
+        if groups and token[0] - groups[-1][-1][0] < _SAME_STEP_S:
+            groups[-1].append(token)
+        else:
+            groups.append([token])
+    out = [0] * len(rows)
+    steps = []
+    for before, group in pairwise([[], *groups]):
+        prefill = decodes = context = 0
+        for _, index in group:
+            if out[index]:
+                decodes += 1
+                context += rows[index].prompt_tokens + out[index]
+            else:
+                prefill += rows[index].prompt_tokens
+            out[index] += 1
+        if before and (seconds := group[0][0] - before[0][0]) < _LONGEST_STEP_S:
+            steps.append(StepTiming(prefill, decodes, context, seconds))
+    return steps
+
+
+def compare_with_runs(folder: Path, profile: Profile, sigma: float) -> list[Comparison]:
+    """Simulate every finished run of a benchmark's folder on `profile` with fitted step costs.
+
+    Slots are the benchmark's own. Raises `BenchError` without a FCFS run to fit.
+    """
+    runs = load_runs(folder)
+    fcfs = [run for run in runs if run.id.system is System.FCFS]
+    if not fcfs:
+        raise BenchError(f"--against {folder}: no finished run of fcfs to fit the step cost to")
+    cost = fit([step for run in fcfs for step in steps_of(run.rows)], StepCost())
+    slots = int(load_plan(folder)["settings"]["slots"])
+    hardware = profile.hardware
+    fitted = Profile(
+        name=f"fitted to {folder.name}",
+        source="the benchmark's FCFS runs",
+        hardware=Hardware(
+            cost, slots, hardware.kv_tokens, hardware.block_tokens, hardware.batched_tokens
+        ),
+        tier=profile.tier,
+    )
+    return [
+        _compare(run, SIMULATED_AS[run.id.system], fitted, sigma)
+        for run in runs
+        if run.id.system in SIMULATED_AS
+    ]
+
+
+def _compare(run: Run, system: SimulatedSystem, profile: Profile, sigma: float) -> Comparison:
+    rows = sorted((r for r in run.rows if r.error is None), key=lambda row: row.arrival_s)
+    requests = [SimulatedRequest(r.arrival_s, r.prompt_tokens, r.output_tokens) for r in rows]
+    simulated = metrics_of(simulate(system, requests, profile, sigma=sigma, seed=run.id.repeat))
+    return Comparison(run.id.name, _real(run, rows), simulated)
+
+
+def _real(run: Run, rows: Sequence[RequestRow]) -> SimulatedMetrics:
+    real = run_metrics(rows, run.counts, 1.0)
+    return SimulatedMetrics(
+        normalized_latency_s=real.normalized_latency_s.mean,
+        jct_s=real.jct_s.mean,
+        jct_p99_s=real.jct_s.p99,
+        jct_max_s=max(row.finish_s - row.arrival_s for row in rows),
+        ttft_s=real.ttft_s.mean,
+        ttft_p99_s=real.ttft_s.p99,
+        longest_gap_p99_s=real.longest_gap_s.p99,
+        tokens_per_s=real.tokens_per_s,
+        preemptions=float(real.preemptions),
+        recomputed_share=real.recomputed_share,
+    )

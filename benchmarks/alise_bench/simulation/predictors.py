@@ -1,0 +1,86 @@
+"""Who predicts lengths in a simulation: a noisy oracle, or a model as it serves.
+
+All implement the protocol that the sidecar's own state asks of its predictor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from alise_scheduler.lengths import QUANTILE_LEVELS, Quantiles
+from alise_scheduler.predictor import Outcome, PromptInput
+from scipy.special import ndtri
+
+_NO_IDS: Final = np.zeros(0, dtype=np.int32)
+_LEVELS: Final = tuple(float(z) for z in ndtri(QUANTILE_LEVELS))
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedPrompt(PromptInput):
+    """A prompt, and what the sidecar must not know of it: for the simulated predictors alone."""
+
+    number: int
+    output_tokens: int
+
+
+def simulated_prompt(
+    number: int, prompt_tokens: int, output_tokens: int, token_ids: Sequence[int] | None = None
+) -> SimulatedPrompt:
+    """Return the prompt of request `number`; `token_ids` where a model is to read it."""
+    ids: npt.NDArray[np.int32] = (
+        _NO_IDS if token_ids is None else np.asarray(token_ids, dtype=np.int32)
+    )
+    return SimulatedPrompt(ids, prompt_tokens, 0, 0.0, 0, "", number, output_tokens)
+
+
+@dataclass(slots=True)
+class NoisyJob:
+    """A job as the noisy oracle sees it."""
+
+    prompt: SimulatedPrompt
+    output_tokens: int = 0
+
+    def extend(self, new_token_ids: Sequence[int], output_tokens: int) -> None:
+        """Note how long the answer is."""
+        del new_token_ids
+        self.output_tokens = output_tokens
+
+
+class NoisyPredictor:
+    """The remaining length times exp(sigma z), z standard normal, and quantiles as wide as that.
+
+    What is left of a job is predicted with fresh noise each time, half of whose variance is the
+    job's own: a model that was wrong about a prompt tends to stay wrong.
+    """
+
+    model_version: Final = 1
+
+    def __init__(self, sigma: float, seed: int) -> None:
+        self._sigma = sigma
+        self._seed = seed
+
+    def track(self, prompt: PromptInput) -> Any:
+        """Begin to follow a job."""
+        assert isinstance(prompt, SimulatedPrompt)
+        return NoisyJob(prompt)
+
+    def predict(self, jobs: Sequence[Any]) -> list[Quantiles | None]:
+        """Return quantiles of each job's remaining length, tokens."""
+        return [self._quantiles(job) for job in jobs]
+
+    def observe(self, job: Any, outcome: Outcome) -> None:
+        """Learn nothing."""
+
+    def _quantiles(self, job: NoisyJob) -> Quantiles:
+        number = job.prompt.number
+        own = np.random.default_rng((self._seed, number)).standard_normal()
+        fresh = np.random.default_rng((self._seed, number, job.output_tokens)).standard_normal()
+        z = own if job.output_tokens == 0 else (own + fresh) / math.sqrt(2)
+        left = max(job.prompt.output_tokens - job.output_tokens, 1)
+        median = left * math.exp(self._sigma * z)
+        return tuple(max(median * math.exp(self._sigma * level), 1.0) for level in _LEVELS)

@@ -1,0 +1,118 @@
+"""kubectl and helm on the cluster of KUBECONFIG, for the tests. Knows nothing of kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMESPACE = "alise-e2e"
+SYSTEM_NAMESPACE = "alise-system"
+CLIENT = "client"
+# Where a failure's logs and events go, and the figures.
+OUT = Path(os.environ.get("E2E_OUT", ROOT / "build" / "e2e"))
+# A slow machine may take longer: only a failure waits this long.
+WAIT_S = float(os.environ.get("E2E_WAIT_S", "300"))
+_COMMAND_S = 120
+
+
+def run(*command: str, stdin: str | None = None, wait_s: float = _COMMAND_S) -> str:
+    """Run a command and return what it prints; fails with what it says of its failure."""
+    done = subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=wait_s)
+    if done.returncode:
+        raise AssertionError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def kubectl(*arguments: str, stdin: str | None = None, wait_s: float = _COMMAND_S) -> str:
+    """Run kubectl in the tests' namespace."""
+    return run("kubectl", "-n", NAMESPACE, *arguments, stdin=stdin, wait_s=wait_s)
+
+
+def objects(*arguments: str) -> Any:
+    """Return what `kubectl get` finds, parsed."""
+    return json.loads(kubectl("get", *arguments, "-o", "json"))
+
+
+def apply(*manifests: dict[str, Any]) -> None:
+    """Apply manifests."""
+    kubectl("apply", "-f", "-", stdin="\n---\n".join(map(json.dumps, manifests)))
+
+
+def patch(service: str, **spec: Any) -> None:
+    """Merge fields into a service's spec."""
+    kubectl("patch", "alise", service, "--type=merge", "-p", json.dumps({"spec": spec}))
+
+
+def status(service: str) -> dict[str, Any]:
+    """Return a service's status, empty before there is one."""
+    return dict(objects("alise", service).get("status", {}))
+
+
+def condition(service: str, name: str = "Ready") -> tuple[str, str]:
+    """Return status and reason of a condition, two empty strings before there is one."""
+    for found in status(service).get("conditions", []):
+        if found["type"] == name:
+            return found["status"], found["reason"]
+    return "", ""
+
+
+def pods(service: str) -> list[dict[str, Any]]:
+    """Return a service's pods."""
+    return list(objects("pods", "-l", f"serving.alise.dev/service={service}")["items"])
+
+
+def eventually(check: Callable[[], Any], what: str, wait_s: float = WAIT_S) -> Any:
+    """Return the first true value of `check`."""
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        value = check()
+        if value:
+            return value
+        if time.monotonic() > deadline_s:
+            pytest.fail(f"not within {wait_s:g} s: {what}; last: {value!r}")
+        time.sleep(1)
+
+
+def wait_ready(service: str) -> None:
+    """Wait until all replicas serve."""
+    deadline_s = time.monotonic() + WAIT_S
+    while condition(service) != ("True", "AllReplicasReady"):
+        if time.monotonic() > deadline_s:
+            pytest.fail(f"{service} is not Ready: {json.dumps(status(service), indent=1)}")
+        time.sleep(1)
+
+
+def in_pod(pod: str, container: str, code: str, *arguments: str, wait_s: float = _COMMAND_S) -> str:
+    """Run Python code in a container: all images have Python, none has curl or ps."""
+    command = ("exec", "-i", pod, "-c", container, "--", "python3", "-", *arguments)
+    return kubectl(*command, stdin=code, wait_s=wait_s)
+
+
+def url(service: str) -> str:
+    """Return the Service's URL inside the cluster."""
+    return f"http://{service}.{NAMESPACE}.svc:8000/v1"
+
+
+def chat(service: str, *options: str, wait_s: float = _COMMAND_S) -> list[dict[str, Any]]:
+    """Send chat completions through the Service from another pod; return a dict for each."""
+    code = (ROOT / "e2e" / "chat_client.py").read_text()
+    lines = in_pod(CLIENT, CLIENT, code, url(service), *options, wait_s=wait_s).splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def metric(pod: dict[str, Any], name: str, port: int = 9464) -> float:
+    """Return a metric of a pod without labels, asked from another pod."""
+    page = f"http://{pod['status']['podIP']}:{port}/metrics"
+    code = f"import urllib.request; print(urllib.request.urlopen({page!r}).read().decode())"
+    for line in in_pod(CLIENT, CLIENT, code).splitlines():
+        if line.startswith(f"{name} "):
+            return float(line.split()[1])
+    raise AssertionError(f"{page} has no {name}")
