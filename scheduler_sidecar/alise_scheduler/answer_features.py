@@ -30,6 +30,8 @@ LINES: Final = slice(1, 1 + LINE_FEATURES)
 ANSWER_LEXICAL: Final = LINES.stop + _PROPERTIES
 ANSWER_WIDTH: Final = ANSWER_LEXICAL + ANSWER_DIMENSIONS
 
+_NO_TOKEN: Final = -1
+
 
 @dataclass(slots=True)
 class AnswerState:
@@ -38,7 +40,7 @@ class AnswerState:
     output_tokens: int = 0
     seen_tokens: int = 0
     pending: list[int] = field(default_factory=list)
-    tail: list[int] = field(default_factory=list)  # rows of the last CONTEXT_TOKENS
+    tail: list[int] = field(default_factory=lambda: [_NO_TOKEN] * CONTEXT_TOKENS)  # the last rows
     # Of the tokens' properties and embeddings.
     sums: npt.NDArray[np.float32] = field(
         default_factory=lambda: np.zeros(_PROPERTIES + ANSWER_DIMENSIONS, dtype=np.float32)
@@ -46,8 +48,7 @@ class AnswerState:
     bag: npt.NDArray[np.bool_] = field(
         default_factory=lambda: np.zeros(BAG_BUCKETS, dtype=np.bool_)
     )
-    # Of its lines; replaced, never changed in place.
-    marks: npt.NDArray[np.int64] = field(default_factory=lambda: NO_MARKS)
+    marks: npt.NDArray[np.int64] = field(default_factory=NO_MARKS.copy)  # of its lines
 
     def extend(self, new_token_ids: Sequence[int], output_tokens: int) -> None:
         """Note tokens; the last of `new_token_ids` is number `output_tokens` of the answer."""
@@ -63,37 +64,35 @@ def fold(states: Sequence[AnswerState], table: TokenTable) -> None:
     states = [state for state in states if state.pending]
     if not states:
         return
-    # Each job's part begins with a row that is no token and its last old tokens, as many always.
-    none = [table.vocabulary]
-    parts = [
-        [*none * (CONTEXT_TOKENS + 1 - len(state.tail)), *state.tail, *state.pending]
-        for state in states
-    ]
+    # Each job's part begins with a row that is no token and its last old tokens.
+    parts = [[_NO_TOKEN, *state.tail, *state.pending] for state in states]
     sizes = np.array([len(part) for part in parts])
     starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
-    rows = table.rows(np.fromiter(chain.from_iterable(parts), dtype=np.int64))
-    kinds = table.properties[rows]
+    rows = table.rows(np.fromiter(chain.from_iterable(parts), np.int64, int(sizes.sum())))
+    kinds = table.properties.take(rows, axis=0)
     old = starts[:, None] + np.arange(CONTEXT_TOKENS + 1)
-    fresh = np.empty((len(rows), _PROPERTIES + ANSWER_DIMENSIONS), dtype=np.float32)
-    fresh[:, :_PROPERTIES] = kinds
-    fresh[:, _PROPERTIES:] = table.embedding[rows, :ANSWER_DIMENSIONS]
-    fresh[old] = 0.0
-    sums = np.add.reduceat(fresh, starts)
+    is_new = np.ones(len(rows), dtype=np.bool_)
+    is_new[old] = False
+    new = rows[is_new]
+    fresh = np.empty((len(new), _PROPERTIES + ANSWER_DIMENSIONS), dtype=np.float32)
+    fresh[:, :_PROPERTIES] = kinds[is_new]
+    fresh[:, _PROPERTIES:] = table.embedding[new, :ANSWER_DIMENSIONS]
+    added = sizes - (CONTEXT_TOKENS + 1)
+    ends = np.cumsum(added)
+    sums = np.add.reduceat(fresh, ends - added)
     marks = fold_lines(np.array([state.marks for state in states]), rows, kinds, starts, table)
     # A word's bucket and its pair's, side by side: a job's are one slice.
-    buckets = bag_buckets(table.word_hash[rows]).T.astype(np.intp).ravel()
-    row_list = rows.tolist()
-    for index, (state, start, size) in enumerate(
-        zip(states, starts.tolist(), sizes.tolist(), strict=True)
+    buckets = bag_buckets(table.word_hash[rows])[:, is_new].T.astype(np.intp).ravel()
+    tails = rows[(starts + sizes)[:, None] - np.arange(CONTEXT_TOKENS, 0, -1)].tolist()
+    # Into arrays of their own: a slice would keep the whole batch alive as long as its job.
+    for state, add, lines, tail, count, end in zip(
+        states, sums, marks, tails, added.tolist(), ends.tolist(), strict=True
     ):
-        first, end = start + CONTEXT_TOKENS + 1, start + size
-        state.sums += sums[index]
-        state.bag[buckets[2 * first : 2 * end]] = True
-        state.marks = marks[index]
-        state.tail = [*state.tail, *row_list[max(first, end - CONTEXT_TOKENS) : end]][
-            -CONTEXT_TOKENS:
-        ]
-        state.seen_tokens += end - first
+        state.sums += add
+        state.bag[buckets[2 * (end - count) : 2 * end]] = True
+        state.marks[:] = lines
+        state.tail = tail
+        state.seen_tokens += count
         state.pending.clear()
 
 

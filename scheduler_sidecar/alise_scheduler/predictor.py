@@ -209,11 +209,8 @@ class Predictor:
         self, fitted: tuple[Models, Trained] | None, request: TrainRequest, fingerprint: str
     ) -> bool:
         with self._lock:
-            learned = min(request.seen - self._trained.learned_from, len(request.samples))
-            if fitted:
-                learned = min(request.seen - fitted[1].learned_from, len(request.samples))
-            growth = int(learned * self._settings.retrain_growth)
-            self._next_training = request.seen + max(self._settings.retrain_after, growth)
+            trained = fitted[1] if fitted else self._trained
+            self._next_training = request.seen + self._pause(request.seen, trained)
             self._next_drift_training = request.seen + self._settings.retrain_after
             if fitted is None or fingerprint != self._fingerprint:
                 return False
@@ -223,6 +220,11 @@ class Predictor:
             self.store.put_model(fingerprint, StoredModel.of(*fitted))
         _log.info("model %d trained on %d samples", fitted[1].version, len(request.samples))
         return True
+
+    def _pause(self, seen: int, trained: Trained) -> int:
+        """Return how many further jobs to wait for: a share of those that count for learning."""
+        counting = min(seen - trained.learned_from, self._settings.max_samples)
+        return max(self._settings.retrain_after, int(counting * self._settings.retrain_growth))
 
     def _train_loop(self) -> None:
         while True:
@@ -254,7 +256,9 @@ class Predictor:
             self._models, self._trained = fitted or (None, UNTRAINED)
             self._seen = max(len(samples), self._trained.samples_seen)
             self._window = QualityWindow(self._settings.quality_window)
-            growth = int(self._trained.samples_seen * (1 + self._settings.retrain_growth))
-            self._next_training = max(self._settings.min_samples, growth)
+            learned = self._trained.samples_seen
+            self._next_training = max(
+                self._settings.min_samples, learned + self._pause(learned, self._trained)
+            )
         if self._models is None and len(samples) >= self._settings.min_samples:
             self._wake.set()

@@ -111,14 +111,14 @@ class Models:
     """None before enough answers were seen in progress."""
 
 
-def answer_rows(answers: Array, prompts: Array, ranks: Array, logs: Array) -> Array:
+def answer_rows(answers: Array, asked: Array, ranks: Array, logs: Array) -> Array:
     """Return the rows of `AnswerModel`: the prompt's own prediction, the list's rest, the answer.
 
-    `ranks` [n] and `logs` [n] are the arrival model's rank and the log-length that it means.
+    `asked` [n] is the prompts' column `ASKED`; `ranks` [n] and `logs` [n] are the arrival model's
+    rank and the log-length that it means.
     """
     written = answers[:, :1]
     left = np.log1p(np.maximum(np.exp(logs[:, None]) - np.expm1(written), 0.0))
-    asked = prompts[:, ASKED]
     rest = projected(answers[:, LINES], asked)
     return np.hstack([ranks[:, None], left, asked[:, None], rest, answers]).astype(np.float32)
 
@@ -191,7 +191,7 @@ def train(
     rows = _arrival_columns(dense, stacked, neighbours)
     quantiles, held_out = fit_quantiles(rows, target, groups, rng)
     arrival = ArrivalModel(ridge, retrieval, quantiles)
-    by_prompt = _ByPrompt(dense, stacked, ridge.to_target(stacked), held_out)
+    by_prompt = _ByPrompt(dense[:, ASKED], stacked, ridge.to_target(stacked), held_out)
     return Models(arrival, _train_answers(samples, lengths, by_prompt, rng))
 
 
@@ -199,7 +199,7 @@ def train(
 class _ByPrompt:
     """What is known of each training job from its prompt; predictions are held out."""
 
-    dense: Array
+    asked: Array
     ranks: Array
     logs: Array
     log_quantiles: Array
@@ -222,7 +222,7 @@ def _train_answers(
     groups = np.array([index for index, _ in pairs])
     answers = np.stack([snapshot.dense for _, snapshot in pairs]).astype(np.float32)
     rows = answer_rows(
-        answers, by_prompt.dense[groups], by_prompt.ranks[groups], by_prompt.logs[groups]
+        answers, by_prompt.asked[groups], by_prompt.ranks[groups], by_prompt.logs[groups]
     )
     bags = bag_matrix([snapshot.bag for _, snapshot in pairs])
     written = np.array([snapshot.output_tokens for _, snapshot in pairs])
