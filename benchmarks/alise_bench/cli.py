@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from alise_bench import predictor_cli
 from alise_bench.errors import BenchError
 from alise_bench.settings import BenchSettings, Mode
 from alise_bench.systems import System
@@ -326,37 +327,8 @@ def kv_quality(
         out.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
 
 
-@app.command()
-def learning(
-    file: Annotated[Path, typer.Argument(help="JSONL of prompts with answers.")],
-    model: Annotated[Path, typer.Option("--model", file_okay=False, help="Model folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for learning.png and learning.json.")],
-    then: Annotated[Path | None, typer.Option(help="Data that come after a switch.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Random splits to average over.")] = 3,
-) -> None:
-    """Draw how the predictor learns job by job, from nothing and after a switch of the data."""
-    from contextlib import ExitStack
-
-    from alise_scheduler.predictor_cli import prepared
-
-    from alise_bench.learning import RECOVERED_AFTER_JOBS, Curve, learning_curves, recovery
-    from alise_bench.learning_picture import draw_learning
-
-    curves: list[Curve] = []
-    with ExitStack() as stack:
-        first, table = stack.enter_context(prepared(file, model))
-        second = stack.enter_context(prepared(then, model))[0] if then else []
-        for seed in range(seeds):
-            curves += learning_curves(first, second, table, seed)
-            console.print(f"seed {seed}: done", style="dim")
-    out.mkdir(parents=True, exist_ok=True)
-    picture = draw_learning(curves, file.stem, then.stem if then else "")
-    picture.savefig(out / "learning.png", dpi=140, bbox_inches="tight")
-    text = json.dumps([asdict(curve) for curve in curves], indent=1)
-    (out / "learning.json").write_text(text, encoding="utf-8")
-    if then:
-        behind = recovery(curves)
-        console.print(f"{RECOVERED_AFTER_JOBS} jobs after the switch: {behind:+.3f} tau-b behind")
+app.command()(predictor_cli.learning)
+app.command()(predictor_cli.ablation)
 
 
 def _counts(option: str, text: str) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_matrix
 
 from alise_scheduler.answer_lines import (
     CONTEXT_TOKENS,
@@ -22,7 +23,7 @@ from alise_scheduler.answer_lines import (
     line_features,
 )
 from alise_scheduler.prompt_features import BAG_BUCKETS, bag_buckets
-from alise_scheduler.token_table import PROPERTY_NAMES, TokenTable
+from alise_scheduler.token_table import PROPERTY_NAMES, TokenTable, widened
 
 ANSWER_DIMENSIONS: Final = 128
 _PROPERTIES: Final = len(PROPERTY_NAMES)
@@ -76,17 +77,19 @@ def fold(states: Sequence[AnswerState], table: TokenTable) -> None:
     new = rows[is_new]
     fresh = np.empty((len(new), _PROPERTIES + ANSWER_DIMENSIONS), dtype=np.float32)
     fresh[:, :_PROPERTIES] = kinds[is_new]
-    fresh[:, _PROPERTIES:] = table.embedding[new, :ANSWER_DIMENSIONS]
+    fresh[:, _PROPERTIES:] = widened(table.embedding[new, :ANSWER_DIMENSIONS])
     added = sizes - (CONTEXT_TOKENS + 1)
-    ends = np.cumsum(added)
-    sums = np.add.reduceat(fresh, ends - added)
+    ends = np.concatenate(([0], np.cumsum(added)))
+    # A sparse product adds up rows several times as fast as np.add.reduceat.
+    ones = np.ones(len(new), dtype=np.float32)
+    sums = csr_matrix((ones, np.arange(len(new)), ends), (len(states), len(new))) @ fresh
     marks = fold_lines(np.array([state.marks for state in states]), rows, kinds, starts, table)
     # A word's bucket and its pair's, side by side: a job's are one slice.
     buckets = bag_buckets(table.word_hash[rows])[:, is_new].T.astype(np.intp).ravel()
     tails = rows[(starts + sizes)[:, None] - np.arange(CONTEXT_TOKENS, 0, -1)].tolist()
     # Into arrays of their own: a slice would keep the whole batch alive as long as its job.
     for state, add, lines, tail, count, end in zip(
-        states, sums, marks, tails, added.tolist(), ends.tolist(), strict=True
+        states, sums, marks, tails, added.tolist(), ends[1:].tolist(), strict=True
     ):
         state.sums += add
         state.bag[buckets[2 * (end - count) : 2 * end]] = True

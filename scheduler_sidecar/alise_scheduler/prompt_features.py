@@ -15,7 +15,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from alise_scheduler.token_table import DIMENSIONS, PROPERTY_NAMES, PROPERTY_OF, TokenTable
+from alise_scheduler.token_table import (
+    DIMENSIONS,
+    PROPERTY_NAMES,
+    PROPERTY_OF,
+    TokenTable,
+    widened,
+)
 from alise_scheduler.written_numbers import first_count
 
 NUMERIC: Final = 13
@@ -81,9 +87,9 @@ def prompt_features(prompt: PromptInput, table: TokenTable | None) -> PromptFeat
     weight = table.weight[own]
     opening = _OPENING[: len(own)]
     head = own[: len(opening)]
-    meaning = table.meaning[own].astype(np.float32)
+    meaning = widened(table.meaning[own])
     vectors = (
-        opening @ table.embedding[head].astype(np.float32) / opening.sum(),
+        opening @ widened(table.embedding[head]) / opening.sum(),
         weight @ meaning / max(float(weight.sum()), 1e-6),
         opening @ meaning[: len(head)] / opening.sum(),
     )
