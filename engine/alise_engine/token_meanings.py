@@ -7,6 +7,7 @@ like meaning, which predicts lengths where there are few samples. Does not know 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -20,9 +21,11 @@ def token_meanings(texts: Sequence[bytes]) -> npt.NDArray[np.float16]:
 
     The weights come with the package; nothing is downloaded.
     """
-    from wordllama import WordLlama
+    import wordllama
 
-    model = WordLlama.load(dim=DIMENSIONS, disable_download=True)
+    # Named as the cache: in its own folder the package looks for the tokenizer under a wrong name.
+    package = Path(wordllama.__file__).parent
+    model = wordllama.WordLlama.load(dim=DIMENSIONS, cache_dir=package, disable_download=True)
     # Without their spaces: the tokenizer puts one before each text itself.
     words = [text.decode("utf-8", "replace").strip() for text in texts]
     named = np.array([bool(word) for word in words], dtype=np.bool_)
