@@ -200,7 +200,6 @@ class Predictor:
                 seen=self._seen,
                 current=self._models,
                 trained=self._trained,
-                is_drifting=self._window.is_drifting(self._trained.loss),
                 now_unix_s=time.time(),
             )
             return request, self._fingerprint

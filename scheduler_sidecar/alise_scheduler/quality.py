@@ -17,8 +17,8 @@ from alise_scheduler.lengths import QUANTILE_LEVELS, Quantiles
 from alise_scheduler.quantile_model import pinball
 
 WINDOW_JOBS: Final = 500
-MIN_JOBS: Final = 50
-DRIFT_JOBS: Final = 100
+_MIN_DRIFT_JOBS: Final = 50
+_DRIFT_JOBS: Final = 100
 _DRIFT_RATIO: Final = 1.3
 _P50: Final = QUANTILE_LEVELS.index(0.5)
 _P90: Final = QUANTILE_LEVELS.index(0.9)
@@ -44,7 +44,7 @@ class QualityWindow:
 
     def __init__(self, size: int = WINDOW_JOBS) -> None:
         self._pairs: deque[tuple[Quantiles, float]] = deque(maxlen=size)
-        self._losses: deque[float] = deque(maxlen=DRIFT_JOBS)
+        self._losses: deque[float] = deque(maxlen=_DRIFT_JOBS)
 
     def add(self, quantiles: Quantiles, length_tokens: int) -> None:
         """Score one prediction made at arrival; the length is the true one."""
@@ -60,7 +60,7 @@ class QualityWindow:
     def is_drifting(self, expected_loss: float) -> bool:
         """Say whether the newest losses are clearly above `expected_loss` (NaN: unknown)."""
         losses = list(self._losses)
-        if len(losses) < MIN_JOBS or not math.isfinite(expected_loss):
+        if len(losses) < _MIN_DRIFT_JOBS or not math.isfinite(expected_loss):
             return False
         error = float(np.std(losses)) / math.sqrt(len(losses))
         return float(np.mean(losses)) - 2 * error > expected_loss * _DRIFT_RATIO

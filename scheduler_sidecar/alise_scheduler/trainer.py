@@ -9,7 +9,6 @@ from typing import Final
 
 import numpy as np
 
-from alise_scheduler.quality import DRIFT_JOBS
 from alise_scheduler.quantile_model import pinball
 from alise_scheduler.training import (
     Array,
@@ -24,6 +23,7 @@ from alise_scheduler.training import (
 # Of the first jobs, of which half are held out.
 _FIRST_SHARE: Final = 0.4
 _MIN_HOLDOUT: Final = 12
+_NEWEST_JOBS: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,51 +48,60 @@ def improve(
     seen: int,
     current: Models | None,
     trained: Trained,
-    is_drifting: bool,
     now_unix_s: float,
     rng: np.random.Generator,
 ) -> tuple[Models, Trained] | None:
     """Return new models if a candidate beats the current ones (at first: the mere distribution).
 
     Jobs that the current models have not seen are dealt out, every other one to learn from and to
-    hold out; a winner is fitted again on all. After drift a second candidate learns from the
-    newest jobs alone, and later trainings begin where the winner did.
+    hold out. A second candidate learns from the newest jobs alone: where it is clearly better,
+    lengths have drifted, and all older jobs are left behind. The winner is fitted again on all of
+    its jobs, the ones held out included.
     """
     count = len(samples)
     fresh = min(seen - trained.samples_seen if current else int(count * _FIRST_SHARE), count)
-    starts = [max(trained.learned_from - (seen - count), 0)]
-    if is_drifting:
-        fresh = min(fresh, DRIFT_JOBS)
-        # What went before the last drift may be back.
-        starts = [0, count - fresh]
     known = samples[: count - fresh]
     unseen, held = samples[count - fresh :: 2], samples[count - fresh + 1 :: 2]
     held = [sample for sample in held if not sample.is_censored]
     if len(held) < _MIN_HOLDOUT:
         return None
-    candidates = [(train([*known[start:], *unseen], current, rng), start) for start in starts]
-    losses = [(holdout_loss(models, held), start) for models, start in candidates if models]
-    loss, start = min(losses, default=(math.inf, 0))
-    if not loss < _loss_to_beat(current, [*known, *unseen], held):
+    start = max(trained.learned_from - (seen - count), 0)
+    newest = count - max(fresh, _NEWEST_JOBS)
+    best: tuple[Array, int] | None = None
+    for first in [start, newest] if newest - start >= _NEWEST_JOBS else [start]:
+        candidate = train([*known[first:], *unseen], current, rng)
+        if candidate is not None:
+            losses = holdout_losses(candidate, held)
+            if best is None or _is_clearly_less(losses, best[0]):
+                best = (losses, first)
+    if best is None or best[0].mean() >= _loss_to_beat(current, [*known, *unseen], held):
         return None
-    final = train(samples[start:], current, rng)
+    losses, first = best
+    final = train(samples[first:], current, rng)
     if final is None:
         return None
-    learned_from = seen - count + start if start else 0
+    learned_from = seen - count + first if first else 0
+    loss = float(losses.mean())
     return final, Trained(trained.version + 1, now_unix_s, seen, loss, learned_from)
 
 
-def holdout_loss(models: Models, samples: Sequence[Sample]) -> float:
-    """Return the mean pinball loss (of log-lengths) at arrival."""
+def holdout_losses(models: Models, samples: Sequence[Sample]) -> Array:
+    """Return the pinball losses [n] of log-lengths at arrival."""
     logs, _ = models.arrival.predict(stack_prompts(samples), prompt_bags(samples))
-    return float(pinball(logs, _log_lengths(samples)).mean())
+    return pinball(logs, _log_lengths(samples))
+
+
+def _is_clearly_less(losses: Array, others: Array) -> bool:
+    """Compare two models on the same jobs: by two standard errors of the mean difference."""
+    gains = others - losses
+    return float(gains.mean()) > 2 * float(gains.std()) / math.sqrt(len(gains))
 
 
 def _loss_to_beat(
     current: Models | None, past: Sequence[Sample], recent: Sequence[Sample]
 ) -> float:
     if current is not None:
-        return holdout_loss(current, recent)
+        return float(holdout_losses(current, recent).mean())
     known = np.array([float(s.output_tokens) for s in past if not s.is_censored])
     if not len(known):
         return math.inf
