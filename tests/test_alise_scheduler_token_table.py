@@ -3,7 +3,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from alise_scheduler.token_table import PROPERTY_OF, TokenTableError, read_token_table
+from alise_scheduler.token_table import (
+    PROPERTY_OF,
+    TokenTableError,
+    read_token_table,
+    widened,
+)
 from predictor_fixtures import FIRST_WORD, VOCABULARY, table_arrays, write_table
 
 
@@ -75,3 +80,10 @@ def test_refuses_what_is_no_table(tmp_path: Path, content: bytes) -> None:
 def test_refuses_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(TokenTableError, match="cannot read"):
         read_token_table(tmp_path / "none.npz")
+
+
+def test_widening_is_exact_for_every_finite_half() -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    np.testing.assert_array_equal(widened(halves), halves.astype(np.float32))
+    np.testing.assert_array_equal(np.signbit(widened(halves)), np.signbit(halves))

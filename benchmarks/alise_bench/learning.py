@@ -6,7 +6,7 @@ train, and drift is noticed as it would be in service. Does not know where jobs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,14 +18,13 @@ from alise_scheduler.predictor import Outcome, Predictor, PredictorSettings
 from alise_scheduler.quality import tau_b
 
 _MEDIAN: Final = QUANTILE_LEVELS.index(0.5)
-EVERY_JOBS: Final = 50
 RECOVERED_WITHIN: Final = 0.05
 RECOVERED_AFTER_JOBS: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """How good predictions for the test jobs were when so many jobs had finished."""
+    """How good predictions for the test jobs were from so many finished jobs on."""
 
     finished_jobs: int
     tau_b: float
@@ -35,14 +34,15 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One predictor's points, by finished jobs."""
+    """One predictor's points: at the start, and whenever new models came; constant between."""
 
     seed: int
     name: str
+    jobs: int
     points: tuple[Point, ...]
 
     def at(self, finished_jobs: int) -> float:
-        """Return the tau-b at the last point with no more than `finished_jobs`."""
+        """Return the tau-b when `finished_jobs` had finished."""
         return [p.tau_b for p in self.points if p.finished_jobs <= finished_jobs][-1]
 
 
@@ -61,44 +61,38 @@ def split(conversations: Sequence[Conversation], seed: int) -> tuple[list[Any], 
 
 
 def finish_all(
+    name: str,
+    seed: int,
     predictor: Predictor,
     jobs: Sequence[Conversation],
     test: Sequence[Conversation],
-    on_job: Callable[[], Any] = lambda: None,
-) -> list[Point]:
-    """Let `jobs` finish one after another; score on `test` before, between and after."""
+) -> Curve:
+    """Let `jobs` finish one after another; score on `test` at the start and after trainings."""
     points = [_score(predictor, 0, test)]
     for number, one in enumerate(jobs, start=1):
         job = predictor.track(one.prompt)
         predictor.predict([job])
         job.extend(one.answer_ids, len(one.answer_ids))
         predictor.observe(job, Outcome.COMPLETE)
-        predictor.train_if_due()
-        if number % EVERY_JOBS == 0 or number == len(jobs):
+        if predictor.train_if_due():
             points.append(_score(predictor, number, test))
-        on_job()
-    return points
+    return Curve(seed, name, len(jobs), tuple(points))
 
 
 def learning_curves(
-    first: Sequence[Conversation],
-    then: Sequence[Conversation],
-    table: Path,
-    seed: int,
-    on_job: Callable[[], Any] = lambda: None,
+    first: Sequence[Conversation], then: Sequence[Conversation], table: Path, seed: int
 ) -> list[Curve]:
     """Return the curve on `first` from nothing and, with `then`, what its switch does.
 
     "fresh" starts on `then` from nothing; "switched" has learned `first` before.
     """
-    jobs, test = split(first, seed)
     predictor = new_predictor(table)
-    curves = [Curve(seed, "first", tuple(finish_all(predictor, jobs, test, on_job)))]
+    curves = [finish_all("first", seed, predictor, *split(first, seed))]
     if then:
-        jobs, test = split(then, seed)
-        switched = finish_all(predictor, jobs, test, on_job)
-        fresh = finish_all(new_predictor(table), jobs, test, on_job)
-        curves += [Curve(seed, "switched", tuple(switched)), Curve(seed, "fresh", tuple(fresh))]
+        curves += [
+            finish_all("switched", seed, predictor, *split(then, seed)),
+            finish_all("fresh", seed, new_predictor(table), *split(then, seed)),
+        ]
     return curves
 
 

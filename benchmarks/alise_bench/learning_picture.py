@@ -28,11 +28,11 @@ def draw_learning(curves: Sequence[Curve], first: str, then: str) -> Figure:
     axes[0].set_ylabel("Kendall's tau-b on prompts not seen")
     if then:
         _curve(axes[1], curves, "fresh", "learning from nothing")
-        _curve(axes[1], curves, "switched", f"after {first}")
-        axes[1].set_title(f"{then}, after a switch at 0")
+        _curve(axes[1], curves, "switched", f"having learned {first}")
+        axes[1].set_title(f"then {then}")
         axes[1].axvline(RECOVERED_AFTER_JOBS, color="0.6", lw=0.8)
     for one in axes:
-        one.set_xlabel("finished jobs")
+        one.set_xlabel("finished jobs" if one is axes[0] else "finished jobs since the switch")
         one.legend(loc="lower right")
         one.grid(alpha=0.3)
     return figure
@@ -40,10 +40,11 @@ def draw_learning(curves: Sequence[Curve], first: str, then: str) -> Figure:
 
 def _curve(axes: Axes, curves: Sequence[Curve], name: str, label: str) -> None:
     own = [curve for curve in curves if curve.name == name]
-    jobs = [point.finished_jobs for point in own[0].points]
-    taus = np.array([[point.tau_b for point in curve.points] for curve in own])
+    jobs = np.arange(own[0].jobs + 1)
+    taus = np.array([[curve.at(number) for number in jobs] for curve in own])
     colour, line = _STYLE[name]
     axes.plot(jobs, taus.mean(0), line, color=colour, label=label)
     axes.fill_between(jobs, taus.min(0), taus.max(0), color=colour, alpha=0.15, lw=0)
     if name == "fresh":
-        axes.plot(jobs, taus.mean(0) - RECOVERED_WITHIN, ":", color=colour, lw=0.8)
+        goal = taus.mean(0) - RECOVERED_WITHIN
+        axes.plot(jobs, goal, ":", color=colour, lw=0.8, label=f"{RECOVERED_WITHIN} less: the goal")
