@@ -25,7 +25,7 @@ from alise_scheduler.answer_lines import (
 from alise_scheduler.prompt_features import BAG_BUCKETS, bag_buckets
 from alise_scheduler.token_table import PROPERTY_NAMES, TokenTable, widened
 
-ANSWER_DIMENSIONS: Final = 128
+ANSWER_DIMENSIONS: Final = 64
 _PROPERTIES: Final = len(PROPERTY_NAMES)
 LINES: Final = slice(1, 1 + LINE_FEATURES)
 ANSWER_LEXICAL: Final = LINES.stop + _PROPERTIES

@@ -69,7 +69,7 @@ def improve(
     newest = count - max(fresh, _NEWEST_JOBS)
     best: tuple[Array, int] | None = None
     for first in [start, newest] if newest - start >= _NEWEST_JOBS else [start]:
-        candidate = train([*known[first:], *unseen], current, rng)
+        candidate = train([*known[first:], *unseen], current, rng, only_arrival=True)
         if candidate is not None:
             losses = holdout_losses(candidate, held)
             if best is None or _is_clearly_less(losses, best[0]):

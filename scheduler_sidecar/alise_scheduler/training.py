@@ -172,7 +172,10 @@ def true_lengths(
 
 
 def train(
-    samples: Sequence[Sample], current: Models | None, rng: np.random.Generator
+    samples: Sequence[Sample],
+    current: Models | None,
+    rng: np.random.Generator,
+    only_arrival: bool = False,
 ) -> Models | None:
     """Fit both models on the newest of `samples`; None when too few lengths are known."""
     samples = samples[-_MAX_TRAINING_JOBS:]
@@ -191,6 +194,8 @@ def train(
     rows = _arrival_columns(dense, stacked, neighbours)
     quantiles, held_out = fit_quantiles(rows, target, groups, rng)
     arrival = ArrivalModel(ridge, retrieval, quantiles)
+    if only_arrival:
+        return Models(arrival, None)
     by_prompt = _ByPrompt(dense[:, ASKED], stacked, ridge.to_target(stacked), held_out)
     return Models(arrival, _train_answers(samples, lengths, by_prompt, rng))
 
