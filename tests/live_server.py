@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 from alise_engine.default_model import DEFAULT_MODEL_NAME
+from patience import eventually
 
 START_S = 300.0
 
@@ -21,13 +20,6 @@ def free_port() -> int:
         listener.bind(("localhost", 0))
         port: int = listener.getsockname()[1]
         return port
-
-
-def eventually(condition: Callable[[], Any], patience_s: float = 60.0) -> None:
-    deadline_s = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not happen in time"
-        time.sleep(0.1)
 
 
 class Server:

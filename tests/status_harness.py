@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -93,14 +93,6 @@ class MadeUpEngine:
         ]
         self.send(*[pb.Event(step=STEP)] * 40, *jobs)
         self.send(*(progress(f"chatcmpl-{i:05d}", 10 + i) for i in range(4)))
-
-
-def eventually(condition: Callable[[], Any], patience_s: float = 30.0) -> Any:
-    deadline_s = time.monotonic() + patience_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline_s, "it did not happen in time"
-        time.sleep(0.05)
-    return found
 
 
 @contextmanager

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+from alise_bench.dataset import Conversation, Item
 from alise_bench.errors import BenchError
 from alise_bench.metrics import EngineCounts, RequestRow
 from alise_bench.simulation.against import steps_of
+from alise_bench.simulation.carried import load_carried
 from alise_bench.simulation.cli import app
 from alise_bench.simulation.compare import metrics_of, simulate
 from alise_bench.simulation.measure import profile_of, samples
+from alise_bench.simulation.predictors import NoisyPredictor, SavedPredictor
 from alise_bench.simulation.profiles import (
     Profile,
     TierSpeed,
@@ -25,12 +29,14 @@ from alise_bench.simulation.what_if import parse_objective, replicas_needed
 from alise_bench.simulation.workload import (
     capacity_per_s,
     load_trace_requests,
+    poisson_items,
     poisson_requests,
     stretched,
 )
 from alise_bench.store import Run, RunId, save_run, write_json
 from alise_bench.systems import System
 from alise_scheduler.cost_model import StepCost
+from alise_scheduler.predictor import PromptInput
 from alise_scheduler.replica import Hardware, Outcome, SimulatedRequest
 from typer.testing import CliRunner
 
@@ -249,3 +255,39 @@ def test_the_command_compares_and_answers_what_if(tmp_path: Path) -> None:
     ended = CliRunner().invoke(app, [*line, "--systems", "lottery"])
     assert ended.exit_code == 1
     assert "no 'lottery'; allowed: fcfs" in ended.output
+
+
+def test_what_is_carried_has_the_latency_that_was_asked_for() -> None:
+    def latency(rate_per_s: float) -> float:
+        requests = poisson_requests(LENGTHS, rate_per_s, 200, 0)
+        return metrics_of(simulate(FCFS, requests, PROFILE, sigma=0.8)).normalized_latency_s
+
+    rate = load_carried(latency, 0.3, 0.1, 10.0)
+    assert latency(rate) <= 0.3
+    assert latency(1.02 * rate) > 0.3
+    with pytest.raises(BenchError, match=r"--carry 0\.001: it is .* even at 0\.1 requests/s"):
+        load_carried(latency, 0.001, 0.1, 10.0)
+
+
+def test_a_saved_predictor_reads_the_requests_tokens(tmp_path: Path) -> None:
+    items = [
+        Item(str(i), str(i), tuple(range(5 + i)), tuple(range(1 + i)), Conversation("", (), ""))
+        for i in range(20)
+    ]
+    requests = poisson_items(items, 5.0, 40, 0)
+    seen: list[tuple[int, ...]] = []
+    outputs: list[int] = []
+
+    class Reading(NoisyPredictor):
+        def track(self, prompt: PromptInput) -> Any:
+            seen.append(tuple(prompt.token_ids))
+            return super().track(prompt)
+
+        def observe(self, job: Any, outcome: object) -> None:
+            outputs.append(job.output_tokens)
+
+    simulate(ALISE, requests, PROFILE, sigma=0.0, predictor=Reading(0.0, 0))
+    assert sorted(seen) == sorted(tuple(r.prompt_ids) for r in requests)
+    assert sorted(outputs) == sorted(r.output_tokens for r in requests)
+    with pytest.raises(BenchError, match="no such folder"):
+        SavedPredictor(tmp_path / "none", tmp_path)

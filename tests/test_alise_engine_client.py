@@ -23,6 +23,7 @@ from alise_scheduler import protocol
 from alise_scheduler.events import Progress
 from alise_scheduler.v1 import scheduler_pb2 as pb
 from alise_scheduler.v1 import scheduler_pb2_grpc as pb_grpc
+from patience import eventually
 
 PATIENCE_S = 30.0
 
@@ -40,13 +41,6 @@ def hello(version: int = protocol.PROTOCOL_VERSION) -> pb.Hello:
 
 def arrived(job_id: str) -> Arrived:
     return Arrived(job_id, time.monotonic(), [1, 2, 3], 100, 0.0, 0, "")
-
-
-def eventually(condition: Callable[[], Any], patience_s: float = PATIENCE_S) -> None:
-    deadline_s = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def is_up(client: SidecarClient) -> bool:

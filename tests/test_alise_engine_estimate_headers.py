@@ -15,13 +15,14 @@ from alise_engine import estimate_headers
 from alise_engine.estimate_headers import EstimateHeaders
 from alise_scheduler.v1 import scheduler_pb2 as pb
 from alise_scheduler.v1 import scheduler_pb2_grpc
+from patience import eventually
 from scheduler_fakes import FakePredictor, progress
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from status_harness import STEP, eventually, sidecar_page
+from status_harness import STEP, sidecar_page
 
 ASK = {"x-alise-estimate": "1"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "stream": True}

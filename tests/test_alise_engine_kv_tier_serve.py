@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 from alise_engine.default_model import DEFAULT_MODEL_NAME
-from live_server import Server, eventually, free_port
+from live_server import Server, free_port
+from patience import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 

@@ -23,7 +23,8 @@ from alise_engine.default_model import (
     ensure_default_model,
     has_fast_bfloat16,
 )
-from live_server import Server, eventually, free_port
+from live_server import Server, free_port
+from patience import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 

@@ -16,7 +16,8 @@ from alise_scheduler.shadow import MIN_JOBS, Pair, Shadow, ratios
 from alise_scheduler.v1 import scheduler_pb2 as pb
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from status_harness import STEP, eventually, sidecar_page
+from patience import eventually
+from status_harness import STEP, sidecar_page
 
 COST = StepCost(0.05, 1e-3, 2e-3, 1e-6)
 SMALL = Hardware(COST, slots=2, kv_tokens=4000, block_tokens=16, batched_tokens=64)
@@ -114,7 +115,7 @@ def test_the_sidecar_says_what_fcfs_would_have_done(tmp_path: Path) -> None:
     outcomes = replay(requests, Hardware(step, slots=4, kv_tokens=8000))
     with sidecar_page(tmp_path) as engine:
         engine.connect(slots=4, kv_tokens=8000)
-        engine.send(*[pb.Event(step=STEP)] * 64)
+        engine.send(*[pb.Event(step=STEP)] * 128)
         prompt = pb.Prompt(token_ids=[50] * 8, prompt_tokens=8)
         for index, outcome in enumerate(outcomes):
             job = pb.JobArrived(job_id=str(index), arrival_s=outcome.arrival_s, prompt=prompt)

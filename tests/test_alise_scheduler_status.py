@@ -16,8 +16,9 @@ from alise_scheduler.queue_view import JobFacts, Pace, overtakers, rows, short_i
 from alise_scheduler.status import Query, QueryError
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import eventually
 from scheduler_fakes import FakePredictor, finished, progress
-from status_harness import MadeUpEngine, eventually, sidecar_page
+from status_harness import MadeUpEngine, sidecar_page
 
 PACE = Pace(now_s=100.0, slots=2, rates=ServiceRates(0.0, 0.1), mean_service_s=5.0)
 

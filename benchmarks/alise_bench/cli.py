@@ -201,6 +201,36 @@ def scheduler(
         out.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
 
 
+@app.command()
+def shadow(
+    folder: Annotated[Path, typer.Argument(help="The --out of a benchmark with a run of fcfs.")],
+    kv_tokens: Annotated[int, typer.Option(min=1, help="KV cache of its engine, tokens.")] = 46_592,
+) -> None:
+    """Say what the sidecar's shadow FCFS makes of real runs, beside a real FCFS run of each."""
+    from alise_bench.shadow_check import check_shadow, errors
+
+    table = Table(title="to FCFS: the shadow's ratio, the real one, one over the other")
+    table.add_column("run")
+    for name in ("mean norm. latency", "mean JCT", "p99 JCT"):
+        table.add_column(name, justify="right")
+    try:
+        for check in check_shadow(folder, kv_tokens):
+            said, true = check.shadow, check.real
+            ratios = (
+                (said.mean_normalized_latency, true.mean_normalized_latency),
+                (said.mean_jct, true.mean_jct),
+                (said.p99_jct, true.p99_jct),
+            )
+            cells = [
+                f"{a:.2f}/{b:.2f} = {off:.2f}"
+                for (a, b), off in zip(ratios, errors(check), strict=True)
+            ]
+            table.add_row(check.run, *cells)
+    except BenchError as error:
+        _fail(error)
+    Console().print(table)
+
+
 @app.command("kv-copies")
 def kv_copies(
     layers: Annotated[int, typer.Option(min=1)] = 30,

@@ -132,7 +132,7 @@ def serve(
             envvar="ALISE_PREEMPTION_MARGIN_S",
             min=0.0,
             help="A job is preempted only if that saves a better one this many seconds of waiting, "
-            "beyond what it costs (default: 1, without the KV tier 4).",
+            "beyond what it costs (default: 0.25, without the KV tier 4).",
         ),
     ] = None,
     kv_host_gib: Annotated[

@@ -68,7 +68,7 @@ class Room:
         return self.frees_s[place] if place < len(self.frees_s) else math.inf
 
 
-SWAP_MARGIN_S = 1.0
+SWAP_MARGIN_S = 0.25
 """Margin where KV is swapped: enough to keep noise in the estimates from moving jobs about."""
 RECOMPUTE_MARGIN_S = 4.0
 """Margin where it is computed again: that delays all the batch, beyond what it costs itself."""

@@ -112,9 +112,15 @@ class CostModel:
 
     cost: StepCost = StepCost()
     is_fitted: bool = False
-    _steps: deque[StepTiming] = field(default_factory=lambda: deque(maxlen=_WINDOW_STEPS))
+    window_steps: int = _WINDOW_STEPS
+    """Fewer follow the machine sooner; more tell apart what a steady load mixes."""
+    refit_steps: int = _REFIT_STEPS
+    _steps: deque[StepTiming] = field(init=False)
     _load: deque[StepTiming] = field(default_factory=lambda: deque(maxlen=_LOAD_STEPS))
     _unfitted: int = 0
+
+    def __post_init__(self) -> None:
+        self._steps = deque(maxlen=self.window_steps)
 
     def observe(self, step: StepTiming) -> None:
         """Add a measured step; steps that ran nothing or took no time are ignored."""
@@ -124,7 +130,7 @@ class CostModel:
         if step.decode_jobs:
             self._load.append(step)
         self._unfitted += 1
-        if self._unfitted >= _REFIT_STEPS:
+        if self._unfitted >= self.refit_steps:
             self.cost, self.is_fitted, self._unfitted = fit(self._steps, self.cost), True, 0
 
     def rates(self) -> ServiceRates:

@@ -21,7 +21,7 @@ from alise_scheduler.estimates import (
     mean_service_s,
 )
 from alise_scheduler.events import Event, FinishReason, StepTiming
-from alise_scheduler.history import HISTORY_JOBS, PastJob
+from alise_scheduler.history import HISTORY_JOBS, HISTORY_STEPS, PastJob
 from alise_scheduler.jobs import Ended, Job, JobTable
 from alise_scheduler.lengths import Quantiles, mean, remaining_after
 from alise_scheduler.policy import Policy, PolicyParameters, gamma_for
@@ -111,7 +111,9 @@ class EngineState:
     """The engine's clock minus ours, as of the newest message: off by what that was under way."""
     heard_s: float = 0.0
     """When the newest message was sent, on the engine's clock."""
+    # What the shadow has not taken yet; bounded, as nobody may ask.
     _ended: list[PastJob] = field(default_factory=list)
+    _steps: deque[StepTiming] = field(default_factory=lambda: deque(maxlen=HISTORY_STEPS))
     _finished: MeanTokens = field(default_factory=MeanTokens)
     _predicted: MeanTokens = field(default_factory=MeanTokens)
     _model_version: int = 0
@@ -140,9 +142,11 @@ class EngineState:
         """Note when a message was sent (engine's clock) and received (ours)."""
         self.clock_ahead_s, self.heard_s = sent_s - now_s, sent_s
 
-    def take_ended(self) -> list[PastJob]:
-        """Return the jobs that ended since the last call, as far as they are remembered."""
-        taken, self._ended = self._ended, []
+    def take_past(self) -> tuple[list[PastJob], list[StepTiming]]:
+        """Return the jobs and steps that ended since the last call, as far as remembered."""
+        taken = self._ended, list(self._steps)
+        self._ended = []
+        self._steps.clear()
         return taken
 
     @property
@@ -154,6 +158,7 @@ class EngineState:
         """Take in one event; returns the job that it ended, if any."""
         if isinstance(event, StepTiming):
             self.cost_model.observe(event)
+            self._steps.append(event)
             return None
         ended = self.table.apply(event)
         if ended is not None:
@@ -199,7 +204,7 @@ class EngineState:
             is_complete=event.reason in (FinishReason.STOP, FinishReason.LENGTH),
         )
         self.history.append(past)
-        if len(self._ended) < HISTORY_JOBS:  # else nobody asks
+        if len(self._ended) < HISTORY_JOBS:
             self._ended.append(past)
 
     def _learn(self, ended: Ended) -> None:

@@ -10,6 +10,7 @@ from typing import Final
 
 HISTORY_JOBS: Final = 2_000
 """Of one engine; some 200 bytes each."""
+HISTORY_STEPS: Final = 4_096
 
 
 @dataclass(frozen=True, slots=True)

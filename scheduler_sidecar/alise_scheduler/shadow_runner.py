@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
-from alise_scheduler.engine_state import EngineState
-from alise_scheduler.history import PastJob
+from alise_scheduler.cost_model import CostModel
+from alise_scheduler.engine_state import EngineState, Introduction
+from alise_scheduler.events import StepTiming
+from alise_scheduler.history import HISTORY_STEPS, PastJob
 from alise_scheduler.replica import Hardware
 from alise_scheduler.shadow import Ratios, Shadow, ratios
 
@@ -23,6 +25,7 @@ _log = logging.getLogger(__name__)
 _PERIOD_S: Final = 1.0
 _PIECE_S: Final = 0.001
 _PAUSE_S: Final = 0.02  # after each piece: 5% of one core at most
+_REFIT_STEPS: Final = 128
 _MAX_BATCHED_TOKENS: Final = 2048  # vLLM's default, for an engine that does not tell
 
 
@@ -32,26 +35,48 @@ class Feed:
 
     engine_id: str
     ended: Sequence[PastJob]
+    steps: Sequence[StepTiming]
     horizon_s: float
-    hardware: Hardware | None
-    """None while it is not known."""
+    engine: Introduction
 
 
 def feed_of(engine_id: str, state: EngineState) -> Feed:
     """Take what is new for an engine's shadow out of its state."""
-    told, cost = state.introduction, state.cost_model
-    hardware = None
-    if told.slots and told.kv_tokens and cost.is_fitted:
-        hardware = Hardware(
-            step=cost.cost,
-            slots=told.slots,
-            kv_tokens=told.kv_tokens,
-            block_tokens=max(told.block_tokens, 1),
-            batched_tokens=told.batched_tokens or _MAX_BATCHED_TOKENS,
-        )
     live_s = (job.arrival_s for job in state.table.jobs.values())
     # Every job that arrived before its newest message has been heard of.
-    return Feed(engine_id, state.take_ended(), min(live_s, default=state.heard_s), hardware)
+    horizon_s = min(live_s, default=state.heard_s)
+    return Feed(engine_id, *state.take_past(), horizon_s, state.introduction)
+
+
+@dataclass(slots=True, eq=False)
+class EngineShadow:
+    """One engine's shadow, and what a step costs that engine.
+
+    Fitted to many more steps than the serving cost model: under a steady load, a few hundred of
+    them do not tell the cost of a step from that of a job in it, and another order runs others.
+    """
+
+    shadow: Shadow = field(default_factory=Shadow)
+    cost: CostModel = field(
+        default_factory=lambda: CostModel(window_steps=HISTORY_STEPS, refit_steps=_REFIT_STEPS)
+    )
+
+    def advance(self, feed: Feed, may_go_on: Callable[[], bool] = lambda: True) -> None:
+        """Take in what is new, and run as far as is known."""
+        for job in feed.ended:
+            self.shadow.add(job)
+        for step in feed.steps:
+            self.cost.observe(step)
+        told = feed.engine
+        if told.slots and told.kv_tokens and self.cost.is_fitted:
+            hardware = Hardware(
+                step=self.cost.cost,
+                slots=told.slots,
+                kv_tokens=told.kv_tokens,
+                block_tokens=max(told.block_tokens, 1),
+                batched_tokens=told.batched_tokens or _MAX_BATCHED_TOKENS,
+            )
+            self.shadow.advance(feed.horizon_s, hardware, may_go_on)
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +85,7 @@ class ShadowRunner:
 
     ratios: Ratios | None = None
     """Over all engines; replaced, never changed."""
-    _shadows: dict[str, Shadow] = field(default_factory=dict)
+    _shadows: dict[str, EngineShadow] = field(default_factory=dict)
     _feeds: list[Feed] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopping: threading.Event = field(default_factory=threading.Event)
@@ -92,19 +117,13 @@ class ShadowRunner:
                 del self._shadows[gone]
             for feed in feeds:
                 try:
-                    self._advance(feed)
+                    one = self._shadows.setdefault(feed.engine_id, EngineShadow())
+                    one.advance(feed, _Pace(self._stopping))
                 except Exception:  # a comparison must not end with one odd job
                     _log.exception("the shadow of engine %s starts over", feed.engine_id)
-                    self._shadows[feed.engine_id] = Shadow()
-            pairs = [pair for shadow in self._shadows.values() for pair in shadow.pairs]
+                    self._shadows[feed.engine_id] = EngineShadow()
+            pairs = [pair for one in self._shadows.values() for pair in one.shadow.pairs]
             self.ratios = ratios(pairs)
-
-    def _advance(self, feed: Feed) -> None:
-        shadow = self._shadows.setdefault(feed.engine_id, Shadow())
-        for job in feed.ended:
-            shadow.add(job)
-        if feed.hardware is not None:
-            shadow.advance(feed.horizon_s, feed.hardware, _Pace(self._stopping))
 
 
 class _Pace:
@@ -123,8 +142,13 @@ class _Pace:
 
 
 def _merged(older: Sequence[Feed], newer: Sequence[Feed]) -> list[Feed]:
-    ended = {feed.engine_id: feed.ended for feed in older}
-    return [
-        Feed(f.engine_id, [*ended.get(f.engine_id, ()), *f.ended], f.horizon_s, f.hardware)
-        for f in newer
-    ]
+    """Keep what the thread has not fetched: it was busy for longer than a period."""
+    by_id = {feed.engine_id: feed for feed in older}
+    return [_after(by_id.get(feed.engine_id), feed) for feed in newer]
+
+
+def _after(older: Feed | None, newer: Feed) -> Feed:
+    if older is None:
+        return newer
+    ended = [*older.ended, *newer.ended]
+    return replace(newer, ended=ended, steps=[*older.steps, *newer.steps][-HISTORY_STEPS:])

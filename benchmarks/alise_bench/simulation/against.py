@@ -46,6 +46,11 @@ class Comparison:
 
 def steps_of(rows: Sequence[RequestRow]) -> list[StepTiming]:
     """Return the engine's steps as the clients saw them: tokens that came together are one."""
+    return [step for _, step in timed_steps_of(rows)]
+
+
+def timed_steps_of(rows: Sequence[RequestRow]) -> list[tuple[float, StepTiming]]:
+    """Return the same, each with when it ended."""
     tokens = sorted((time_s, index) for index, row in enumerate(rows) for time_s in row.token_s)
     groups: list[list[tuple[float, int]]] = []
     for token in tokens:
@@ -65,7 +70,7 @@ def steps_of(rows: Sequence[RequestRow]) -> list[StepTiming]:
                 prefill += rows[index].prompt_tokens
             out[index] += 1
         if before and (seconds := group[0][0] - before[0][0]) < _LONGEST_STEP_S:
-            steps.append(StepTiming(prefill, decodes, context, seconds))
+            steps.append((group[0][0], StepTiming(prefill, decodes, context, seconds)))
     return steps
 
 

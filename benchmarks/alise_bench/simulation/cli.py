@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Final, NoReturn
 
@@ -12,39 +12,39 @@ import typer
 from alise_scheduler.replica import SimulatedRequest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from alise_bench.errors import BenchError
-from alise_bench.simulation.against import Comparison, compare_with_runs
+from alise_bench.simulation.against import compare_with_runs
+from alise_bench.simulation.carried import load_carried
 from alise_bench.simulation.compare import (
     SimulatedMetrics,
     median_metrics,
     metrics_of,
     simulate,
 )
+from alise_bench.simulation.predictors import SavedPredictor
 from alise_bench.simulation.profiles import Profile, load_profile, packaged_profiles
 from alise_bench.simulation.systems import ALISE, FCFS, SYSTEMS, SimulatedSystem
-from alise_bench.simulation.what_if import Answer, parse_objective, replicas_needed
+from alise_bench.simulation.tables import (
+    against_table,
+    answers_table,
+    carried_table,
+    systems_table,
+)
+from alise_bench.simulation.what_if import parse_objective, replicas_needed
 from alise_bench.simulation.workload import (
-    capacity_per_s,
-    lengths_of_dataset,
+    RequestSource,
+    items_of_dataset,
     load_trace_requests,
-    poisson_requests,
-    stretched,
 )
 
 app = typer.Typer(add_completion=False)
 console = Console()
 
 _PARETO_SHARES: Final = (0.25, 0.5, 1.0, 2.0, 4.0)
-_COLUMNS: Final = {
-    "normalized_latency_s": "mean norm. latency s/token",
-    "jct_s": "mean JCT s",
-    "jct_p99_s": "p99 JCT s",
-    "ttft_p99_s": "p99 TTFT s",
-    "longest_gap_p99_s": "p99 longest gap s",
-    "preemptions": "preemptions",
-}
+# Of the capacity: where --carry looks.
+_LEAST_SHARE: Final = 0.05
+_MOST_SHARE: Final = 20.0
 
 
 @app.command()
@@ -77,11 +77,19 @@ def simulate_command(
     sigma: Annotated[
         float, typer.Option(min=0.0, help="Error of the predictor: of the length's logarithm.")
     ] = 0.8,
+    predictor: Annotated[
+        Path | None,
+        typer.Option(help="Instead: state folder of `alise predictor train`; needs --dataset."),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repeats; medians are shown.")] = 1,
     what_if: Annotated[
         str, typer.Option(help="How many replicas meet this, such as 'jct_p99_s<=30'?")
     ] = "",
     most_replicas: Annotated[int, typer.Option(min=1, help="For --what-if.")] = 64,
+    carry: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="Which load has this mean normalized latency, s/token?"),
+    ] = None,
     against: Annotated[
         Path | None,
         typer.Option(help="Folder of `alise bench`: simulate its runs, and say how far off."),
@@ -94,12 +102,23 @@ def simulate_command(
         chosen = _systems(systems)
         hardware = load_profile(profile)
         if against is not None:
+            if predictor is not None:
+                raise BenchError("--against knows lengths only, so leave --predictor out")
             comparisons = compare_with_runs(against, hardware, sigma)
-            console.print(_against_table(comparisons))
+            console.print(against_table(comparisons))
             _save(out, {c.run: asdict(c) for c in comparisons})
             return
+        source = _source(trace, dataset, model, requests, hardware)
+        setting = _Setting(hardware, replicas, sigma, _saved(predictor, dataset, model))
+        if carry is not None:
+            rates = {
+                system.name: _carried(system, source, setting, seeds, carry) for system in chosen
+            }
+            console.print(carried_table(rates, carry))
+            _save(out, {"carry": carry, "requests_per_s": rates})
+            return
         workloads = [
-            _requests(trace, dataset, model, rate, load * replicas, requests, hardware, seed)
+            source.draw(rate or load * replicas * source.capacity_per_s(seed), seed)
             for seed in range(seeds)
         ]
         first = workloads[0]
@@ -113,23 +132,72 @@ def simulate_command(
         if what_if:
             objective = parse_objective(what_if)
             answers = [
-                replicas_needed(system, first, hardware, objective, sigma=sigma, most=most_replicas)
+                replicas_needed(
+                    system,
+                    first,
+                    hardware,
+                    objective,
+                    sigma=sigma,
+                    predictor=setting.predictor,
+                    most=most_replicas,
+                )
                 for system in chosen
             ]
-            console.print(_answers_table(answers, what_if, most_replicas))
+            console.print(answers_table(answers, what_if, most_replicas))
             _save(out, {"what_if": what_if, "answers": [asdict(a) for a in answers]})
             return
         if pareto:
-            curves = _curves(workloads, hardware, sigma, replicas)
-            _draw(out, curves, f"{hardware.name}, {mean_rate:.3g} requests/s")
+            _draw(out, _curves(workloads, setting), f"{hardware.name}, {mean_rate:.3g} requests/s")
             return
-        results = {
-            system.name: _run(system, workloads, hardware, sigma, replicas) for system in chosen
-        }
-        console.print(_table(results))
+        results = {system.name: _run(system, workloads, setting) for system in chosen}
+        console.print(systems_table(results))
         _save(out, {name: asdict(metrics) for name, metrics in results.items()})
     except BenchError as error:
         _fail(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """What all systems of a comparison share."""
+
+    profile: Profile
+    replicas: int
+    sigma: float
+    predictor: SavedPredictor | None
+
+
+def _source(
+    trace: Path | None, dataset: Path | None, model: Path | None, count: int, profile: Profile
+) -> RequestSource:
+    if (trace is None) == (dataset is None):
+        raise BenchError("pass --trace (times and lengths) or --dataset (prompts and answers)")
+    if trace is not None:
+        return RequestSource((), load_trace_requests(trace), count, profile.hardware)
+    assert dataset is not None
+    items = items_of_dataset(dataset, _model(model), profile.hardware)
+    return RequestSource(items, (), count, profile.hardware)
+
+
+def _saved(
+    state_dir: Path | None, dataset: Path | None, model: Path | None
+) -> SavedPredictor | None:
+    if state_dir is None:
+        return None
+    if dataset is None:
+        raise BenchError("--predictor reads prompts and answers: pass --dataset too")
+    return SavedPredictor(state_dir, _model(model))
+
+
+def _carried(
+    system: SimulatedSystem, source: RequestSource, setting: _Setting, seeds: int, latency_s: float
+) -> float:
+    capacity = setting.replicas * source.capacity_per_s(0)
+
+    def latency_at(rate_per_s: float) -> float:
+        workloads = [source.draw(rate_per_s, seed) for seed in range(seeds)]
+        return _run(system, workloads, setting).normalized_latency_s
+
+    return load_carried(latency_at, latency_s, _LEAST_SHARE * capacity, _MOST_SHARE * capacity)
 
 
 def _systems(text: str) -> list[SimulatedSystem]:
@@ -137,32 +205,6 @@ def _systems(text: str) -> list[SimulatedSystem]:
     if unknown := [name for name in names if name not in SYSTEMS]:
         raise BenchError(f"--systems: no {unknown[0]!r}; allowed: {', '.join(SYSTEMS)}")
     return [SYSTEMS[name] for name in names]
-
-
-def _requests(
-    trace: Path | None,
-    dataset: Path | None,
-    model: Path | None,
-    rate: float | None,
-    load: float,
-    count: int,
-    profile: Profile,
-    seed: int,
-) -> tuple[SimulatedRequest, ...]:
-    if (trace is None) == (dataset is None):
-        raise BenchError("pass --trace (times and lengths) or --dataset (prompts and answers)")
-    if trace is not None:
-        rows = load_trace_requests(trace)
-        start = seed * count % max(len(rows) - count, 1)
-        window = rows[start : start + count]
-        lengths = [(row.prompt_tokens, row.output_tokens) for row in window]
-        wanted = rate or load * capacity_per_s(lengths, profile.hardware)
-        shifted = [replace(row, arrival_s=row.arrival_s - window[0].arrival_s) for row in window]
-        return stretched(shifted, wanted)
-    assert dataset is not None
-    lengths = list(lengths_of_dataset(dataset, _model(model), profile.hardware))
-    wanted = rate or load * capacity_per_s(lengths, profile.hardware)
-    return poisson_requests(lengths, wanted, count, seed)
 
 
 def _model(model: Path | None) -> Path:
@@ -177,11 +219,7 @@ def _model(model: Path | None) -> Path:
 
 
 def _run(
-    system: SimulatedSystem,
-    workloads: list[tuple[SimulatedRequest, ...]],
-    profile: Profile,
-    sigma: float,
-    replicas: int,
+    system: SimulatedSystem, workloads: Sequence[Sequence[SimulatedRequest]], setting: _Setting
 ) -> SimulatedMetrics:
     columns = (TextColumn(system.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     runs = []
@@ -191,10 +229,11 @@ def _run(
             outcomes = simulate(
                 system,
                 requests,
-                profile,
-                sigma=sigma,
+                setting.profile,
+                sigma=setting.sigma,
                 seed=seed,
-                replicas=replicas,
+                replicas=setting.replicas,
+                predictor=setting.predictor,
                 on_progress=lambda done, task=task: progress.update(task, completed=done),  # type: ignore[misc]
             )
             runs.append(metrics_of(outcomes))
@@ -202,20 +241,18 @@ def _run(
 
 
 def _curves(
-    workloads: list[tuple[SimulatedRequest, ...]], profile: Profile, sigma: float, replicas: int
+    workloads: Sequence[Sequence[SimulatedRequest]], setting: _Setting
 ) -> dict[str, list[SimulatedMetrics]]:
-    def run(system: SimulatedSystem) -> SimulatedMetrics:
-        return _run(system, workloads, profile, sigma, replicas)
-
-    served = profile.hardware.step.step_s(0, profile.hardware.slots, 0)
+    hardware = setting.profile.hardware
+    served = hardware.step.step_s(0, hardware.slots, 0)
     tokens = [row.output_tokens for row in workloads[0]]
     usual = 1.0 / (served * sum(tokens) / len(tokens))
-    curves = {"fcfs": [run(FCFS)]}
+    curves = {"fcfs": [_run(FCFS, workloads, setting)]}
     for system in (ALISE, SYSTEMS["alise-oracle"], SYSTEMS["boost-attained"]):
         gammas = [replace(system, gamma_per_s=share * usual) for share in _PARETO_SHARES]
-        curves[system.name] = [run(steered) for steered in gammas]
+        curves[system.name] = [_run(steered, workloads, setting) for steered in gammas]
     for name in ("srtf", "srtf-aging", "shortest-first"):
-        curves[name] = [run(SYSTEMS[name])]
+        curves[name] = [_run(SYSTEMS[name], workloads, setting)]
     return curves
 
 
@@ -234,49 +271,6 @@ def _save(out: Path | None, report: dict[str, object]) -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def _table(results: dict[str, SimulatedMetrics]) -> Table:
-    table = Table(title="simulated (x the first system's)", title_justify="left")
-    table.add_column("system")
-    for title in _COLUMNS.values():
-        table.add_column(title, justify="right")
-    base = asdict(next(iter(results.values())))
-    for name, metrics in results.items():
-        row = asdict(metrics)
-        table.add_row(name, *(_cell(row[column], base[column]) for column in _COLUMNS))
-    return table
-
-
-def _cell(value: float, base: float) -> str:
-    if not base or math.isnan(value):
-        return f"{value:,.0f}"
-    return f"{value:,.3g} ({value / base:.2f}x)"
-
-
-def _answers_table(answers: list[Answer], objective: str, most: int) -> Table:
-    table = Table(title=f"replicas for {objective}", title_justify="left")
-    for title in ("system", "replicas", "p99 JCT s", "mean norm. latency s/token"):
-        table.add_column(title, justify="right")
-    for answer in answers:
-        table.add_row(
-            answer.system,
-            f"more than {most}" if answer.replicas is None else str(answer.replicas),
-            f"{answer.metrics.jct_p99_s:.3g}",
-            f"{answer.metrics.normalized_latency_s:.3g}",
-        )
-    return table
-
-
-def _against_table(comparisons: list[Comparison]) -> Table:
-    table = Table(title="simulated (x the real run's)", title_justify="left")
-    for title in ("run", "mean norm. latency s/token", "mean JCT s", "p99 JCT s"):
-        table.add_column(title, justify="right")
-    for comparison in comparisons:
-        real, simulated = asdict(comparison.real), asdict(comparison.simulated)
-        columns = ("normalized_latency_s", "jct_s", "jct_p99_s")
-        table.add_row(comparison.run, *(_cell(simulated[c], real[c]) for c in columns))
-    return table
 
 
 def _fail(error: BenchError) -> NoReturn:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
+from alise_scheduler.engine_state import LengthPredictor
 from alise_scheduler.replica import Outcome, SimulatedRequest, replay
 
 from alise_bench.errors import BenchError
@@ -67,20 +68,21 @@ def simulate(
     sigma: float,
     seed: int = 0,
     replicas: int = 1,
+    predictor: LengthPredictor | None = None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> list[Outcome]:
     """Return what becomes of `requests` under `system`, each replica taking every n-th one.
 
-    `sigma` is the predictor's error (`NoisyPredictor`). Raises `BenchError` for requests that
-    fit no replica.
+    Lengths are told by `predictor`, or with an error of `sigma` (`NoisyPredictor`). Raises
+    `BenchError` for requests that fit no replica.
     """
     outcomes: list[Outcome] = []
     for replica in range(replicas):
         share = requests[replica::replicas]
         steering = None
         if system.policy is not None:
-            predictor = NoisyPredictor(sigma, seed * replicas + replica)
-            steering = AliseSteering(system, profile.hardware, profile.tier, predictor)
+            asked = predictor or NoisyPredictor(sigma, seed * replicas + replica)
+            steering = AliseSteering(system, profile.hardware, profile.tier, asked)
         try:
             outcomes += replay(share, profile.hardware, steering, on_progress)
         except ValueError as error:

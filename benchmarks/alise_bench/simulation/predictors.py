@@ -8,15 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from alise_engine.token_table import TokenTableUnavailable, build_token_table
 from alise_scheduler.lengths import QUANTILE_LEVELS, Quantiles
-from alise_scheduler.predictor import Outcome, PromptInput
+from alise_scheduler.predictor import Outcome, Predictor, PredictorSettings, PromptInput
+from alise_scheduler.token_table import TokenTableError
 from scipy.special import ndtri
 
-_NO_IDS: Final = np.zeros(0, dtype=np.int32)
+from alise_bench.errors import BenchError
+
 _LEVELS: Final = tuple(float(z) for z in ndtri(QUANTILE_LEVELS))
 
 
@@ -29,12 +34,10 @@ class SimulatedPrompt(PromptInput):
 
 
 def simulated_prompt(
-    number: int, prompt_tokens: int, output_tokens: int, token_ids: Sequence[int] | None = None
+    number: int, prompt_tokens: int, output_tokens: int, token_ids: Sequence[int] = ()
 ) -> SimulatedPrompt:
     """Return the prompt of request `number`; `token_ids` where a model is to read it."""
-    ids: npt.NDArray[np.int32] = (
-        _NO_IDS if token_ids is None else np.asarray(token_ids, dtype=np.int32)
-    )
+    ids: npt.NDArray[np.int32] = np.asarray(token_ids, dtype=np.int32)
     return SimulatedPrompt(ids, prompt_tokens, 0, 0.0, 0, "", number, output_tokens)
 
 
@@ -84,3 +87,37 @@ class NoisyPredictor:
         left = max(job.prompt.output_tokens - job.output_tokens, 1)
         median = left * math.exp(self._sigma * z)
         return tuple(max(median * math.exp(self._sigma * level), 1.0) for level in _LEVELS)
+
+
+class SavedPredictor:
+    """The models of a sidecar's state folder, for requests whose tokens are known."""
+
+    def __init__(self, state_dir: Path, model: Path) -> None:
+        """`model` is the folder of the model that was served. Raises `BenchError`."""
+        if not state_dir.is_dir():
+            raise BenchError(f"--predictor {state_dir}: no such folder")
+        self._predictor = Predictor(PredictorSettings(state_dir))
+        with TemporaryDirectory() as folder:
+            table = Path(folder) / "table.npz"
+            try:
+                build_token_table(model, table)
+                self._predictor.load_token_table(table)
+            except (TokenTableUnavailable, TokenTableError) as error:
+                raise BenchError(f"--model {model}: {error}") from error
+        self.model_version = self._predictor.model_version
+        if self.model_version == 0:
+            raise BenchError(
+                f"--predictor {state_dir}: no predictor for {model.name} in it; "
+                "`alise predictor train` makes one"
+            )
+
+    def track(self, prompt: PromptInput) -> Any:
+        """Begin to follow a job."""
+        return self._predictor.track(prompt)
+
+    def predict(self, jobs: Sequence[Any]) -> list[Quantiles | None]:
+        """Return quantiles of each job's remaining length, tokens."""
+        return self._predictor.predict(jobs)
+
+    def observe(self, job: Any, outcome: Outcome) -> None:
+        """Learn nothing, so that each system of a comparison meets the same predictor."""

@@ -53,6 +53,7 @@ from alise_scheduler.waiting import waiting_times
 from alise_bench.simulation.predictors import SimulatedPrompt, simulated_prompt
 from alise_bench.simulation.profiles import TierSpeed
 from alise_bench.simulation.systems import SimulatedSystem
+from alise_bench.simulation.workload import RecordedRequest
 
 _REPORT_INTERVAL_S: Final = 0.25
 _REPORT_STEPS: Final = 4
@@ -82,9 +83,7 @@ class AliseSteering:
         hardware: Hardware,
         tier: TierSpeed | None,
         predictor: LengthPredictor,
-        token_ids: Sequence[tuple[Sequence[int], Sequence[int]]] | None = None,
     ) -> None:
-        """`token_ids` are (prompt, answer) of each request, where the predictor reads them."""
         policy = Policy.FCFS if system.policy is None else system.policy
         settings = PolicySettings(
             policy=policy,
@@ -98,7 +97,6 @@ class AliseSteering:
         self._hardware = hardware
         self._dispatch = _RECOMPUTE if self._tier is None else _SWAP
         self._parameters = TierParameters()
-        self._token_ids = token_ids
         self._records: dict[int, _Record] = {}
         self._kept: dict[int, ReplicaJob] = {}
         self._next_report_s = 0.0
@@ -108,8 +106,8 @@ class AliseSteering:
 
     def arrive(self, job: ReplicaJob, _now_s: float) -> float:
         """Tell the sidecar; the order is by arrival until it answers."""
-        ids = None if self._token_ids is None else self._token_ids[job.number][0]
         request = job.request
+        ids = request.prompt_ids if isinstance(request, RecordedRequest) else ()
         prompt = simulated_prompt(job.number, request.prompt_tokens, request.output_tokens, ids)
         self._records[job.number] = _Record(job)
         self._state.apply(Arrived(str(job.number), request.arrival_s, prompt))
@@ -182,9 +180,8 @@ class AliseSteering:
 
     def _new_ids(self, record: _Record, tokens: int) -> Sequence[int]:
         start, record.reported_tokens = record.reported_tokens, tokens
-        if self._token_ids is None:
-            return ()
-        return self._token_ids[record.job.number][1][start:tokens]
+        request = record.job.request
+        return request.answer_ids[start:tokens] if isinstance(request, RecordedRequest) else ()
 
     def _take_estimates(self, replica: Replica) -> None:
         state = self._state

@@ -39,6 +39,7 @@ SYSTEMS: Final = {
         SimulatedSystem("alise-no-preempt", Policy.BOOST, preempts=False),
         SimulatedSystem("boost-attained", Policy.BOOST_ATTAINED),
         SimulatedSystem("srtf", Policy.SRTF),
+        SimulatedSystem("srtf-oracle", Policy.SRTF, is_oracle=True),
         SimulatedSystem("srtf-aging", Policy.SRTF_AGING),
         SimulatedSystem("mlfq", Policy.MLFQ),
         SimulatedSystem("shortest-first", Policy.SRTF, preempts=False),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from alise_scheduler.engine_state import LengthPredictor
 from alise_scheduler.replica import SimulatedRequest
 
 from alise_bench.errors import BenchError
@@ -56,6 +57,7 @@ def replicas_needed(
     *,
     sigma: float,
     most: int,
+    predictor: LengthPredictor | None = None,
 ) -> Answer:
     """Return the smallest number of replicas, up to `most`, that meets `objective`.
 
@@ -63,7 +65,9 @@ def replicas_needed(
     """
 
     def metrics(replicas: int) -> SimulatedMetrics:
-        return metrics_of(simulate(system, requests, profile, sigma=sigma, replicas=replicas))
+        return metrics_of(
+            simulate(system, requests, profile, sigma=sigma, replicas=replicas, predictor=predictor)
+        )
 
     low, high, found = 1, most, metrics(most)
     if not objective.is_met(found):

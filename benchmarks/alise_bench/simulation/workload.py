@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,18 @@ import numpy as np
 from alise_scheduler.replica import Hardware, SimulatedRequest, replay
 
 from alise_bench.arrivals import poisson_arrivals
+from alise_bench.dataset import Item, load_dataset, tokenize
 from alise_bench.errors import BenchError
 
 _CAPACITY_REQUESTS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRequest(SimulatedRequest):
+    """A request whose tokens are known, for predictors that read them."""
+
+    prompt_ids: Sequence[int]
+    answer_ids: Sequence[int]
 
 
 def load_trace_requests(file: Path) -> tuple[SimulatedRequest, ...]:
@@ -70,11 +80,9 @@ def _seconds(text: str) -> float:
     return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
 
 
-def lengths_of_dataset(file: Path, model: Path, hardware: Hardware) -> tuple[tuple[int, int], ...]:
-    """Return (prompt tokens, output tokens) of a JSONL data set, in the model's tokens."""
+def items_of_dataset(file: Path, model: Path, hardware: Hardware) -> tuple[Item, ...]:
+    """Return what of a JSONL data set fits the KV cache, in the model's tokens."""
     from transformers import AutoTokenizer
-
-    from alise_bench.dataset import load_dataset, tokenize
 
     longest = hardware.kv_tokens - hardware.block_tokens
     items = tokenize(
@@ -86,19 +94,45 @@ def lengths_of_dataset(file: Path, model: Path, hardware: Hardware) -> tuple[tup
     ).items
     if not items:
         raise BenchError(f"--dataset {file}: nothing in it fits the profile's KV cache")
-    return tuple((len(item.prompt_ids), item.output_tokens) for item in items)
+    return items
+
+
+def lengths_of(items: Sequence[Item]) -> list[tuple[int, int]]:
+    """Return (prompt tokens, output tokens) of each."""
+    return [(len(item.prompt_ids), item.output_tokens) for item in items]
+
+
+def poisson_items(
+    items: Sequence[Item], rate_per_s: float, count: int, seed: int
+) -> tuple[RecordedRequest, ...]:
+    """Return what `poisson_requests` does for the lengths of `items`, with their tokens."""
+    requests = poisson_requests(lengths_of(items), rate_per_s, count, seed)
+    drawn = _draw(len(items), count, seed)
+    return tuple(
+        RecordedRequest(
+            request.arrival_s,
+            request.prompt_tokens,
+            request.output_tokens,
+            items[index].prompt_ids,
+            items[index].answer_ids,
+        )
+        for request, index in zip(requests, drawn, strict=True)
+    )
 
 
 def poisson_requests(
     lengths: Sequence[tuple[int, int]], rate_per_s: float, count: int, seed: int
 ) -> tuple[SimulatedRequest, ...]:
     """Return `count` requests with lengths drawn from `lengths`, arriving at random."""
-    draw = np.random.default_rng((seed, 1)).integers(0, len(lengths), count)
     arrivals = poisson_arrivals(rate_per_s, count, seed)
     return tuple(
-        SimulatedRequest(arrival_s, *lengths[int(index)])
-        for arrival_s, index in zip(arrivals, draw, strict=True)
+        SimulatedRequest(arrival_s, *lengths[index])
+        for arrival_s, index in zip(arrivals, _draw(len(lengths), count, seed), strict=True)
     )
+
+
+def _draw(among: int, count: int, seed: int) -> list[int]:
+    return [int(i) for i in np.random.default_rng((seed, 1)).integers(0, among, count)]
 
 
 def stretched(
@@ -120,3 +154,32 @@ def capacity_per_s(lengths: Sequence[tuple[int, int]], hardware: Hardware) -> fl
     ends = sorted(outcome.finish_s for outcome in replay(requests, hardware))
     low, high = len(ends) // 5, len(ends) * 4 // 5
     return (high - low) / (ends[high] - ends[low])
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSource:
+    """Where requests come from: a data set, or else a trace."""
+
+    items: Sequence[Item]
+    trace: Sequence[SimulatedRequest]
+    count: int
+    hardware: Hardware
+
+    def draw(self, rate_per_s: float, seed: int) -> Sequence[SimulatedRequest]:
+        """Return `count` requests; a trace's burstiness stays, stretched to the rate."""
+        if self.items:
+            return poisson_items(self.items, rate_per_s, self.count, seed)
+        window = self._window(seed)
+        shifted = [replace(row, arrival_s=row.arrival_s - window[0].arrival_s) for row in window]
+        return stretched(shifted, rate_per_s)
+
+    def capacity_per_s(self, seed: int) -> float:
+        """Return what one replica finishes with a queue that never ends."""
+        lengths = lengths_of(self.items) or [
+            (row.prompt_tokens, row.output_tokens) for row in self._window(seed)
+        ]
+        return capacity_per_s(lengths, self.hardware)
+
+    def _window(self, seed: int) -> Sequence[SimulatedRequest]:
+        start = seed * self.count % max(len(self.trace) - self.count, 1)
+        return self.trace[start : start + self.count]

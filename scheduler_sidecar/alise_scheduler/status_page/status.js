@@ -84,7 +84,8 @@ function row(job, longest) {
   const name = element("td", "", element("span", "id", job.id));
   const times = job.preemptions ? ` ${job.preemptions}×` : "";
   if (job.state === "preempted") name.append(element("span", "state preempted", `preempted${times}`));
-  else name.append(element("span", `state ${job.state}`, job.state), element("span", "dim", times && ` after ${job.preemptions} preemptions`));
+  else name.append(element("span", `state ${job.state}`, job.state));
+  if (job.preemptions && job.state !== "preempted") name.append(chip("again", times, `preempted ${job.preemptions} times`));
   const median = job.p50_tokens === null ? "" : ` / ~${number(job.p50_tokens)}`;
   const tokens = element("span", "", number(job.output_tokens), element("span", "dim", median));
   return element(

@@ -1,0 +1,114 @@
+"""What a running `alise serve` says of itself: the status document, and estimates for clients."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from alise_engine.default_model import DEFAULT_MODEL_NAME, ensure_default_model
+from live_server import Server, free_port
+from patience import eventually
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+ASK = {"x-alise-estimate": "1"}
+
+
+@pytest.fixture(scope="module")
+def ports() -> tuple[int, int]:
+    return free_port(), free_port()
+
+
+@pytest.fixture(scope="module")
+def server(ports: tuple[int, int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("live")
+    past = folder / "traffic.jsonl"
+    with past.open("w") as file:
+        for index in range(100):
+            words = 5 + 60 * (index % 2)
+            asked = f"Say {'a few words' if words < 10 else 'a lot'} about number {index}."
+            row = {
+                "messages": [{"role": "user", "content": asked}],
+                "response": "word " * (words + index % 5),
+            }
+            file.write(json.dumps(row) + "\n")
+    train = [sys.executable, "-m", "alise_scheduler", "predictor", "train", str(past)]
+    train += ["--model", str(ensure_default_model()), "--state-dir", str(folder / "state")]
+    subprocess.run(train, check=True, capture_output=True, timeout=300)
+    command = [sys.executable, "-m", "alise_scheduler", "serve", "--port", str(ports[0])]
+    command += ["--alise-state-dir", str(folder / "state"), "--alise-estimate-headers"]
+    command += ["--alise-metrics-port", str(ports[1])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        server = Server(command, folder / "log", ports[0])
+    try:
+        server.wait_until_ready()
+        eventually(server.is_connected, 60.0)
+        yield server
+    finally:
+        server.stop()
+
+
+def body(prompt: str, **options: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": prompt}]
+    return {"model": DEFAULT_MODEL_NAME, "messages": messages, "max_tokens": 16, **options}
+
+
+def test_who_asks_gets_headers_and_the_same_answer(server: Server) -> None:
+    url = f"{server.url}/v1/chat/completions"
+    asked = body("Say a lot about number 7.", temperature=0)
+
+    def ask() -> httpx.Response:
+        return httpx.post(url, json=asked, headers=ASK, timeout=600.0)
+
+    answer = eventually(lambda: "x-alise-predicted-tokens" in (a := ask()).headers and a)
+    assert 1 <= float(answer.headers["x-alise-predicted-tokens"]) <= 16
+    assert float(answer.headers["x-alise-estimated-wait-s"]) >= 0
+    finish_s = float(answer.headers["x-alise-estimated-finish-s"])
+    assert 0 < finish_s < 600
+    plain = httpx.post(url, json=asked, timeout=600.0)
+    assert not [name for name in plain.headers if name.startswith("x-alise-")]
+    assert answer.json()["choices"][0]["message"] == plain.json()["choices"][0]["message"]
+
+
+def test_streams_stay_streams(server: Server) -> None:
+    url = f"{server.url}/v1/chat/completions"
+    asked = body("Say a few words about number 8.", stream=True)
+    with httpx.stream("POST", url, json=asked, headers=ASK, timeout=600.0) as answer:
+        pieces = [line for line in answer.iter_lines() if line.startswith("data: ")]
+        assert answer.headers["content-type"].startswith("text/event-stream")
+    assert len(pieces) > 3
+    assert pieces[-1] == "data: [DONE]"
+
+
+def test_the_status_is_the_engines(server: Server, ports: tuple[int, int]) -> None:
+    def status() -> dict[str, Any]:
+        found: dict[str, Any] = httpx.get(f"http://127.0.0.1:{ports[1]}/api/v1/status").json()
+        return found
+
+    before = status()["since_start"]["finished"]
+    with ThreadPoolExecutor(20) as pool:
+        asked = [
+            pool.submit(server.answer, f"Tell me a story about {i}.", max_tokens=60)
+            for i in range(20)
+        ]
+        busy = eventually(lambda: (s := status())["jobs"]["running"] > 2 and s)
+        for answer in asked:
+            answer.result()
+    (engine,) = busy["engines"]
+    assert engine["slots"] == 16
+    assert engine["model"] == DEFAULT_MODEL_NAME
+    assert all(row["prompt_tokens"] > 5 for row in busy["jobs"]["rows"])
+    assert any(row["p50_tokens"] for row in busy["jobs"]["rows"])
+    assert 0 <= max(row["age_s"] for row in busy["jobs"]["rows"]) < 120
+    after = eventually(lambda: (s := status())["since_start"]["finished"] == before + 20 and s)
+    assert after["jobs"]["running"] == 0
+    # With what the engine has told, the shadow runs; 50 jobs are more than a test waits for here.
+    page = httpx.get(f"http://127.0.0.1:{ports[1]}/metrics").text
+    assert "alise_shadow_jobs 0.0" in page
