@@ -40,7 +40,7 @@ def draw_learning(curves: Sequence[Curve], first: str, then: str) -> Figure:
 
 def _curve(axes: Axes, curves: Sequence[Curve], name: str, label: str) -> None:
     own = [curve for curve in curves if curve.name == name]
-    jobs = np.arange(own[0].jobs + 1)
+    jobs = range(own[0].jobs + 1)
     taus = np.array([[curve.at(number) for number in jobs] for curve in own])
     colour, line = _STYLE[name]
     axes.plot(jobs, taus.mean(0), line, color=colour, label=label)
