@@ -20,6 +20,7 @@ START, END, USER, ASSISTANT, NEWLINE = 0, 1, 2, 3, 4
 FIRST_WORD = len(BASE_TEXTS)
 FIRST_FILLER = FIRST_WORD + len(WORDS)
 MEAN_LENGTH = {"essay": 300, "list": 120, "name": 20, "define": 50}
+OTHER_MEAN_LENGTH = {"essay": 20, "list": 50, "name": 300, "define": 120}
 
 
 def table_arrays(seed: int = 0) -> dict[str, Any]:
@@ -30,10 +31,11 @@ def table_arrays(seed: int = 0) -> dict[str, Any]:
     embedding = rng.normal(size=(VOCABULARY, DIMENSIONS)) / DIMENSIONS**0.5
     return {
         "embedding": embedding.astype(np.float16),
+        "meaning": embedding[::-1].astype(np.float16),
         "text_bytes": np.frombuffer(b"".join(TEXTS), dtype=np.uint8),
         "text_offsets": offsets,
         "source_sha256": np.full(32, seed, dtype=np.uint8),
-        "format_version": np.int64(1),
+        "format_version": np.int64(2),
     }
 
 
@@ -57,23 +59,27 @@ def prompt_input(ids: list[int], max_tokens: int = 0, **changes: Any) -> PromptI
     return PromptInput(**{**fields, **changes})
 
 
-def conversation(rng: np.random.Generator, scale: float = 1.0) -> Conversation:
+def conversation(
+    rng: np.random.Generator, scale: float = 1.0, mean_length: dict[str, int] = MEAN_LENGTH
+) -> Conversation:
     """Return one: the first word of the prompt sets the length, the answer's first words hint."""
     word = int(rng.integers(len(WORDS)))
     filler = rng.integers(FIRST_FILLER, VOCABULARY, size=int(rng.integers(4, 12))).tolist()
     ids = [START, USER, NEWLINE, FIRST_WORD + word, *filler, END, START, ASSISTANT, NEWLINE]
     is_long = bool(rng.integers(2))
-    mean = MEAN_LENGTH[WORDS[word]] * scale * (1.6 if is_long else 0.6)
+    mean = mean_length[WORDS[word]] * scale * (1.6 if is_long else 0.6)
     length = max(int(mean * rng.lognormal(0.0, 0.2)), 1)
     opening = [FIRST_FILLER + (1 if is_long else 2)] * 6
     answer = [*opening, *rng.integers(FIRST_FILLER, VOCABULARY, size=length).tolist()][:length]
     return Conversation(prompt_input(ids), tuple(answer))
 
 
-def conversations(count: int, seed: int = 0, scale: float = 1.0) -> list[Conversation]:
+def conversations(
+    count: int, seed: int = 0, scale: float = 1.0, mean_length: dict[str, int] = MEAN_LENGTH
+) -> list[Conversation]:
     """Return `count` of them."""
     rng = np.random.default_rng(seed)
-    return [conversation(rng, scale) for _ in range(count)]
+    return [conversation(rng, scale, mean_length) for _ in range(count)]
 
 
 def finish(

@@ -2,12 +2,15 @@ import numpy as np
 import pytest
 from alise_scheduler.answer_features import (
     ANSWER_WIDTH,
+    LINES,
     AnswerState,
     answer_bag,
     answer_features,
     fold,
 )
+from alise_scheduler.answer_lines import LINE_FEATURES, projected
 from alise_scheduler.prompt_features import (
+    ASKED,
     BAG_BUCKETS,
     PROMPT_WIDTH,
     content_spans,
@@ -90,20 +93,53 @@ def test_folding_in_parts_is_folding_at_once(
     assert a.shape == (1, ANSWER_WIDTH)
     assert np.isfinite(a.astype(np.float16)).all()
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    assert (whole.list_items, whole.list_number, whole.line_tokens) == (
-        parts.list_items,
-        parts.list_number,
-        parts.line_tokens,
-    )
+    np.testing.assert_array_equal(whole.marks, parts.marks)
 
 
-def test_list_items_are_counted_at_line_starts_only(table: TokenTable) -> None:
-    one, dash, word = 7, 8, FIRST_WORD
+ONE, DASH, WORD = 7, 8, FIRST_WORD
+
+
+def lines_of(table: TokenTable, ids: list[int]) -> dict[str, float]:
+    """Return the features of the lines of an answer by name, counts as counts."""
     state = AnswerState()
-    ids = [word, one, NEWLINE, one, word, dash, NEWLINE, dash, word]
     state.extend(ids, len(ids))
-    answer_features([state], table)
-    assert (state.list_items, state.list_number, state.line_tokens) == (2, 1, 2)
+    row = np.expm1(answer_features([state], table)[0, LINES])
+    names = ("number", "pace", "since", "items", "bullets", "headings", "bolds", "digits", "marked")
+    return dict(zip(names, row.round(4).tolist(), strict=False))
+
+
+def test_list_items_are_counted_near_line_starts_only(table: TokenTable) -> None:
+    lines = lines_of(table, [WORD] * 4 + [ONE, NEWLINE, ONE, WORD, DASH, NEWLINE, DASH, WORD])
+    assert (lines["number"], lines["items"], lines["bullets"], lines["marked"]) == (1, 1, 1, 2)
+
+
+def test_a_number_of_several_tokens_is_one_item(table: TokenTable) -> None:
+    lines = lines_of(table, [DASH, ONE, ONE, WORD, NEWLINE, WORD, WORD, WORD, ONE])
+    assert (lines["number"], lines["items"]) == (11, 1)
+
+
+def test_the_pace_is_from_item_to_item(table: TokenTable) -> None:
+    item = [ONE, WORD, WORD, WORD, NEWLINE]
+    lines = lines_of(table, [WORD, NEWLINE, *item * 3, WORD])
+    assert (lines["items"], lines["pace"], lines["since"]) == (3, 5, 6)
+
+
+def test_what_is_left_of_a_list_is_the_items_still_missing_at_its_pace() -> None:
+    lines = np.zeros((3, LINE_FEATURES), dtype=np.float32)
+    lines[:, :3] = np.log1p([3, 20, 5])
+    left, missing, is_list = projected(lines, np.log1p(np.float32([5, 0, 2]))).T
+    np.testing.assert_allclose(np.expm1(left), [2 * 20 + 20 - 5, 0, 0], rtol=1e-4)
+    np.testing.assert_allclose(np.expm1(missing), [2, 0, 0], rtol=1e-4)
+    assert is_list.tolist() == [1, 0, 0], "asked for none, or already beyond"
+
+
+def test_the_count_asked_for_is_found_in_the_prompt(table: TokenTable) -> None:
+    def asked(*ids: int) -> float:
+        return round(float(np.expm1(prompt_features(prompt_input([*ids]), table).dense[ASKED])), 3)
+
+    assert asked(WORD, ONE, ONE, WORD) == 11
+    assert asked(WORD, ONE, WORD) == 0, "one thing is no list"
+    assert asked(WORD, ONE, ONE, ONE, WORD) == 0, "111 is no count"
 
 
 @given(

@@ -11,6 +11,7 @@ from alise_scheduler.quality import QualityWindow
 from alise_scheduler.quantile_model import fit_quantiles, pinball
 from alise_scheduler.retrieval import MAX_STORED, fit_retrieval
 from alise_scheduler.ridge import bag_matrix, fit_ridge
+from alise_scheduler.ridge_solver import PENALTIES, solve_ridge
 from alise_scheduler.training import best_share
 from alise_scheduler.trees import DEPTH, flatten
 from hypothesis import given
@@ -29,6 +30,28 @@ def test_ridge_held_out_predictions_are_those_of_a_fit_without_the_group() -> No
     assert np.corrcoef(held_out, target)[0, 1] > 0.8
     _, held_out = fit_ridge(rows, bags, noise, groups, one, ((0, 4),), 60, rng)
     assert np.corrcoef(held_out, noise)[0, 1] < 0.4, "memorized noise would look like skill"
+
+
+def test_predictions_out_of_group_are_those_of_a_fit_without_it() -> None:
+    rng = np.random.default_rng(0)
+    design, target = rng.normal(size=(30, 8)), rng.normal(size=30)
+    groups = np.repeat(np.arange(10), 3)
+    _, held_out = solve_ridge(
+        design - design.mean(0), (target - target.mean()).astype(np.float32), groups
+    )
+    errors = []
+    for penalty in PENALTIES:
+        refitted = np.empty(30)
+        for group in range(10):
+            own = groups == group
+            center, mean = design[~own].mean(0), target[~own].mean()
+            rows = design[~own] - center
+            weights = np.linalg.solve(
+                rows.T @ rows + penalty * np.eye(8), rows.T @ (target[~own] - mean)
+            )
+            refitted[own] = mean + (design[own] - center) @ weights
+        errors.append(np.abs(held_out + target.mean() - refitted).max())
+    assert min(errors) < 1e-5, "the intercept, too, must not have seen the group"
 
 
 def test_ridge_learns_from_words_alone() -> None:

@@ -11,10 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from alise_scheduler.answer_features import ANSWER_WIDTH
+from alise_scheduler.predictor import Predictor, PredictorSettings
 from alise_scheduler.prompt_features import PROMPT_WIDTH, PromptFeatures
-from alise_scheduler.sample_blob import EncodedSample, SampleBlobError, decode, encode
+from alise_scheduler.sample_blob import (
+    LAYOUT_VERSION,
+    EncodedSample,
+    SampleBlobError,
+    decode,
+    encode,
+)
 from alise_scheduler.store import FILE_NAME, SampleStore
 from alise_scheduler.training import Sample, Snapshot
+from predictor_fixtures import taught, write_table
 
 
 def sample(number: int, snapshots: int = 2) -> EncodedSample:
@@ -106,15 +114,28 @@ def test_a_damaged_file_is_set_aside(
     assert stored(tmp_path) == [7]
 
 
-def test_another_layout_is_set_aside(tmp_path: Path) -> None:
-    store = SampleStore(tmp_path, 100)
-    store.add("f", sample(1))
-    store.close()
+def test_an_older_layout_is_set_aside_and_the_predictor_starts_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = write_table(tmp_path / "t.npz")
+    taught(table, 64, state_dir=tmp_path).close()
     connection = sqlite3.connect(tmp_path / FILE_NAME)
-    connection.execute("PRAGMA user_version=99")
+    # As the layout before this one was.
+    connection.execute("ALTER TABLE models DROP COLUMN learned_from")
+    connection.execute(f"PRAGMA user_version={LAYOUT_VERSION - 1}")
     connection.close()
-    assert stored(tmp_path) == []
+    again = Predictor(PredictorSettings(tmp_path))
+    again.load_token_table(table)
+    assert (again.model_version, again.sample_count) == (0, 0)
+    expected = f"(layout {LAYOUT_VERSION - 1}, expected {LAYOUT_VERSION}): set aside"
+    assert expected in caplog.text
     assert [p for p in tmp_path.iterdir() if ".incompatible-" in p.name]
+    again.close()
+    taught(table, 64, state_dir=tmp_path).close()
+    once_more = Predictor(PredictorSettings(tmp_path))
+    once_more.load_token_table(table)
+    assert (once_more.model_version, once_more.sample_count) == (1, 64)
+    once_more.close()
 
 
 def test_kill_9_loses_at_most_the_last_second(tmp_path: Path) -> None:

@@ -3,7 +3,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from alise_scheduler.token_table import PROPERTY_OF, TokenTableError, read_token_table
+from alise_scheduler.token_table import (
+    PROPERTY_OF,
+    TokenTableError,
+    read_token_table,
+    widened,
+)
 from predictor_fixtures import FIRST_WORD, VOCABULARY, table_arrays, write_table
 
 
@@ -45,10 +50,11 @@ def test_fingerprint_is_of_the_source_not_of_rounding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": np.int64(2)}, "version 2"),
+        ({"format_version": np.int64(1)}, "version 1, expected 2"),
         ({"embedding": None}, "lacks the array 'embedding'"),
         ({"embedding": np.zeros((VOCABULARY, 3), np.float16)}, "shape"),
         ({"embedding": np.zeros((VOCABULARY, 256), np.float32)}, "float32"),
+        ({"meaning": np.zeros((VOCABULARY - 1, 256), np.float16)}, "meaning of shape"),
         ({"embedding": np.full((VOCABULARY, 256), np.nan, np.float16)}, "finite"),
         ({"text_offsets": np.zeros(3, np.int64)}, "offsets"),
         ({"text_offsets": np.arange(VOCABULARY + 1, dtype=np.int64) * -1}, "ascend"),
@@ -74,3 +80,10 @@ def test_refuses_what_is_no_table(tmp_path: Path, content: bytes) -> None:
 def test_refuses_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(TokenTableError, match="cannot read"):
         read_token_table(tmp_path / "none.npz")
+
+
+def test_widening_is_exact_for_every_finite_half() -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    np.testing.assert_array_equal(widened(halves), halves.astype(np.float32))
+    np.testing.assert_array_equal(np.signbit(widened(halves)), np.signbit(halves))

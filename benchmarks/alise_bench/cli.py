@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from alise_bench import predictor_cli
 from alise_bench.errors import BenchError
 from alise_bench.settings import BenchSettings, Mode
 from alise_bench.systems import System
@@ -354,6 +355,10 @@ def kv_quality(
     console.print(table)
     if out is not None:
         out.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+
+
+app.command()(predictor_cli.learning)
+app.command()(predictor_cli.ablation)
 
 
 def _counts(option: str, text: str) -> list[int]:

@@ -1,8 +1,8 @@
 """The token table: what the sidecar may know of the served model's vocabulary, as one small file.
 
 Projects the model's own input token embeddings to a few dimensions and writes them with each
-token's surface text, so that the sidecar turns token ids into features by look-ups, without the
-model or its tokenizer. Does not know what the features are.
+token's surface text and its meaning (`token_meanings`), so that the sidecar turns token ids into
+features by look-ups, without the model or its tokenizer. Does not know what the features are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-FORMAT_VERSION: Final = 1
+from alise_engine.token_meanings import token_meanings
+
+FORMAT_VERSION: Final = 2
 DIMENSIONS: Final = 256
 
 _CHUNK_ROWS: Final = 8192
@@ -45,12 +47,14 @@ def build_token_table(model_dir: Path, destination: Path) -> None:
     """Write the token table of the model in `model_dir` to `destination` (.npz), atomically.
 
     Arrays: `embedding` float16 [vocab, 256], the PCA projection of the input embeddings, scaled to
-    a mean row norm of 1; `text_bytes` uint8 [total] and `text_offsets` int64 [vocab + 1], the
-    surface text of each token (empty for special ones); `source_sha256` uint8 [32], of the
-    unprojected embeddings and the texts; `format_version`. Reads the embeddings in chunks.
+    a mean row norm of 1; `meaning` float16 [vocab, 256], of `token_meanings`; `text_bytes` uint8
+    [total] and `text_offsets` int64 [vocab + 1], the surface text of each token (empty for special
+    ones); `source_sha256` uint8 [32], of the unprojected embeddings and the texts;
+    `format_version`. Reads the embeddings in chunks.
 
     Raises:
         TokenTableUnavailable: no readable safetensors embedding or no tokenizer.
+        ImportError: WordLlama is not installed (the extra `engine` brings it).
     """
     texts = _token_texts(model_dir)
     path, name = _find_embedding(model_dir)
@@ -67,6 +71,7 @@ def build_token_table(model_dir: Path, destination: Path) -> None:
     _write_atomically(
         destination,
         embedding=projected,
+        meaning=token_meanings(texts),
         text_bytes=text_bytes,
         text_offsets=offsets,
         source_sha256=np.frombuffer(digest.digest(), dtype=np.uint8),

@@ -16,7 +16,13 @@ from typing import Any, Final
 import numpy as np
 
 from alise_scheduler.lengths import QUANTILE_LEVELS, Quantiles
-from alise_scheduler.predictor import Outcome, Predictor, PredictorSettings, PromptInput
+from alise_scheduler.predictor import (
+    Outcome,
+    Predictor,
+    PredictorSettings,
+    PromptInput,
+    TrackedJob,
+)
 from alise_scheduler.quality import tau_b
 
 PROGRESS_TOKENS: Final = (32, 128)
@@ -69,9 +75,15 @@ class Latencies:
 
 
 def trained_on(
-    conversations: Sequence[Conversation], table: Path | None, state_dir: Path | None = None
+    conversations: Sequence[Conversation],
+    table: Path | None,
+    state_dir: Path | None = None,
+    change: Callable[[TrackedJob], Any] = lambda _: None,
 ) -> Predictor:
-    """Return a predictor that has observed all of `conversations` and trained once."""
+    """Return a predictor that has observed all of `conversations` and trained once.
+
+    Each job, when it has ended, goes through `change`: an ablation takes features out.
+    """
     size = max(len(conversations), PredictorSettings().max_samples)
     predictor = Predictor(PredictorSettings(state_dir, max_samples=size))
     if table is not None:
@@ -79,6 +91,7 @@ def trained_on(
     for conversation in conversations:
         job = predictor.track(conversation.prompt)
         job.extend(conversation.answer_ids, len(conversation.answer_ids))
+        change(job)
         predictor.observe(job, Outcome.COMPLETE)
     predictor.train_now()
     return predictor
@@ -90,8 +103,9 @@ def evaluate(
     train_share: float,
     seeds: int,
     on_split: Callable[[], Any] = lambda: None,
+    change: Callable[[TrackedJob], Any] = lambda _: None,
 ) -> Report:
-    """Return the figures over `seeds` random splits.
+    """Return the figures over `seeds` random splits; `change` is as for `trained_on`.
 
     Raises:
         ValueError: too few conversations to train on.
@@ -100,7 +114,7 @@ def evaluate(
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(len(conversations))
         cut = int(train_share * len(order))
-        predictor = trained_on([conversations[i] for i in order[:cut]], table)
+        predictor = trained_on([conversations[i] for i in order[:cut]], table, change=change)
         if predictor.model_version == 0:
             raise ValueError(f"{cut} conversations to train on gave no model")
         splits.append(_score(predictor, [conversations[i] for i in order[cut:]]))

@@ -10,6 +10,7 @@ import numpy as np
 from alise_scheduler.answer_features import answer_features
 from alise_scheduler.conditioning import LARGEST_LOG, conditioned
 from alise_scheduler.lengths import Quantiles
+from alise_scheduler.prompt_features import ASKED
 from alise_scheduler.ridge import bag_matrix
 from alise_scheduler.tracked_job import MILESTONES_TOKENS, TrackedJob
 from alise_scheduler.training import AnswerModel, Array, Models, answer_rows
@@ -64,8 +65,8 @@ def _by_answers(
     by_prompt: Array,
 ) -> Array:
     answers = answer_features([job.answer for job in jobs], jobs[0].table)
-    prompts = np.array([job.features.dense for job in jobs])
-    rows = answer_rows(answers, prompts, ranks, models.arrival.ridge.to_target(ranks))
+    asked = np.array([job.features.dense[ASKED] for job in jobs])
+    rows = answer_rows(answers, asked, ranks, models.arrival.ridge.to_target(ranks))
     # Only now: the features have taken the newest tokens into the bags.
     bags = np.array([job.answer.bag for job in jobs])
     return model.predict(rows, bags, by_prompt)

@@ -83,6 +83,7 @@ def _ridge(arrays: dict[str, Any], prefix: str) -> Ridge:
 
 
 def _put_quantiles(arrays: dict[str, Any], prefix: str, model: QuantileModel) -> None:
+    arrays[f"{prefix}.plane"] = model.plane
     arrays[f"{prefix}.shifts"] = model.shifts
     for name in _TREES:
         arrays[f"{prefix}.trees.{name}"] = getattr(model.trees, name)
@@ -90,4 +91,4 @@ def _put_quantiles(arrays: dict[str, Any], prefix: str, model: QuantileModel) ->
 
 def _quantiles(arrays: dict[str, Any], prefix: str) -> QuantileModel:
     trees = Trees(*(arrays[f"{prefix}.trees.{name}"] for name in _TREES))
-    return QuantileModel(trees, arrays[f"{prefix}.shifts"])
+    return QuantileModel(arrays[f"{prefix}.plane"], trees, arrays[f"{prefix}.shifts"])

@@ -82,6 +82,7 @@ class Predictor:
         self._samples: deque[EncodedSample] = deque(maxlen=settings.max_samples)
         self._seen = 0
         self._next_training = settings.min_samples
+        self._next_drift_training = 0
         self._window = QualityWindow(settings.quality_window)
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -168,7 +169,7 @@ class Predictor:
                 self._window.add(job.first, job.output_tokens)
             due = self._seen >= self._next_training or (
                 self._window.is_drifting(self._trained.loss)
-                and self._seen >= self._trained.samples_seen + self._settings.retrain_after
+                and self._seen >= self._next_drift_training
             )
         if self.store:
             self.store.add(self._fingerprint, sample)
@@ -185,6 +186,13 @@ class Predictor:
         request, fingerprint = self._request()
         return self._replace(train_here(request), request, fingerprint)
 
+    def train_if_due(self) -> bool:
+        """Train in this process when the schedule says so: for replays, in place of `start`."""
+        if not self._wake.is_set():
+            return False
+        self._wake.clear()
+        return self.train_now()
+
     def _request(self) -> tuple[TrainRequest, str]:
         with self._lock:
             request = TrainRequest(
@@ -192,7 +200,6 @@ class Predictor:
                 seen=self._seen,
                 current=self._models,
                 trained=self._trained,
-                is_drifting=self._window.is_drifting(self._trained.loss),
                 now_unix_s=time.time(),
             )
             return request, self._fingerprint
@@ -201,8 +208,9 @@ class Predictor:
         self, fitted: tuple[Models, Trained] | None, request: TrainRequest, fingerprint: str
     ) -> bool:
         with self._lock:
-            growth = int(request.seen * self._settings.retrain_growth)
-            self._next_training = request.seen + max(self._settings.retrain_after, growth)
+            trained = fitted[1] if fitted else self._trained
+            self._next_training = request.seen + self._pause(request.seen, trained)
+            self._next_drift_training = request.seen + self._settings.retrain_after
             if fitted is None or fingerprint != self._fingerprint:
                 return False
             self._models, self._trained = fitted
@@ -211,6 +219,11 @@ class Predictor:
             self.store.put_model(fingerprint, StoredModel.of(*fitted))
         _log.info("model %d trained on %d samples", fitted[1].version, len(request.samples))
         return True
+
+    def _pause(self, seen: int, trained: Trained) -> int:
+        """Return how many further jobs to wait for: a share of those that count for learning."""
+        counting = min(seen - trained.learned_from, self._settings.max_samples)
+        return max(self._settings.retrain_after, int(counting * self._settings.retrain_growth))
 
     def _train_loop(self) -> None:
         while True:
@@ -242,7 +255,9 @@ class Predictor:
             self._models, self._trained = fitted or (None, UNTRAINED)
             self._seen = max(len(samples), self._trained.samples_seen)
             self._window = QualityWindow(self._settings.quality_window)
-            growth = int(self._trained.samples_seen * (1 + self._settings.retrain_growth))
-            self._next_training = max(self._settings.min_samples, growth)
+            learned = self._trained.samples_seen
+            self._next_training = max(
+                self._settings.min_samples, learned + self._pause(learned, self._trained)
+            )
         if self._models is None and len(samples) >= self._settings.min_samples:
             self._wake.set()

@@ -47,7 +47,7 @@ def train(
     """Learn from FILE.jsonl; a sidecar started on the same state folder predicts at once."""
     from alise_scheduler.evaluation import trained_on
 
-    with _prepared(file, model) as (conversations, table):
+    with prepared(file, model) as (conversations, table):
         typer.echo(f"training on {len(conversations)} conversations ...")
         predictor = trained_on(conversations, table, state_dir)
         predictor.close()
@@ -78,7 +78,7 @@ def evaluate(
     """Train on a share of FILE.jsonl and score the predictions for the rest."""
     from alise_scheduler import evaluation
 
-    with _prepared(file, model) as (conversations, table):
+    with prepared(file, model) as (conversations, table):
         with _progress("training and scoring", seeds) as advance:
             try:
                 report = evaluation.evaluate(conversations, table, train_share, seeds, advance)
@@ -95,7 +95,7 @@ def evaluate(
 
 
 @contextmanager
-def _prepared(file: Path, model: Path) -> Iterator[tuple[list[Conversation], Path]]:
+def prepared(file: Path, model: Path) -> Iterator[tuple[list[Conversation], Path]]:
     """Yield the tokenized rows and the path of the model's token table."""
     from alise_scheduler import conversations as source
 

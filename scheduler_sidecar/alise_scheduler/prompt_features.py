@@ -15,14 +15,26 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from alise_scheduler.token_table import DIMENSIONS, PROPERTY_NAMES, PROPERTY_OF, TokenTable
+from alise_scheduler.token_table import (
+    DIMENSIONS,
+    PROPERTY_NAMES,
+    PROPERTY_OF,
+    TokenTable,
+    widened,
+)
+from alise_scheduler.written_numbers import first_count
 
-NUMERIC: Final = 12
+NUMERIC: Final = 13
+ASKED: Final = 12
+"""Column: log(1 + the number of items or sentences that the prompt seems to ask for)."""
 LEXICAL: Final = NUMERIC + 2 * len(PROPERTY_NAMES)
-PROMPT_WIDTH: Final = LEXICAL + 2 * DIMENSIONS
+PROMPT_WIDTH: Final = LEXICAL + 3 * DIMENSIONS
 BAG_BUCKETS: Final = 4096
 """Two to the twelfth: buckets are the upper 12 bits of a hash."""
-FIRST_TOKENS: Final = 8
+
+# How fast the opening's weight falls from token to token: what is to be done is said first.
+_OPENING_TOKENS: Final = 8.0
+_OPENING: Final = np.exp(-np.arange(64, dtype=np.float32) / _OPENING_TOKENS)
 
 _MAX_BAG: Final = 512
 _MAX_ROLE_TOKENS: Final = 4
@@ -67,14 +79,21 @@ def prompt_features(prompt: PromptInput, table: TokenTable | None) -> PromptFeat
     properties = table.properties[rows]
     spans = content_spans(rows, properties, table)
     start, end = spans[-1]
-    dense[7:NUMERIC] = _structure(spans, len(rows))
     own = rows[start:end]
+    dense[7:ASKED] = _structure(spans, len(rows))
+    dense[ASKED] = math.log1p(first_count(own, table))
     counts = np.ones(end - start, dtype=np.float32) @ properties[start:end].astype(np.float32)
     dense[NUMERIC:LEXICAL] = np.concatenate((np.log1p(counts), counts / len(own)))
-    vectors = table.embedding[own].astype(np.float32)
     weight = table.weight[own]
-    dense[LEXICAL : LEXICAL + DIMENSIONS] = weight @ vectors / max(float(weight.sum()), 1e-6)
-    dense[LEXICAL + DIMENSIONS :] = vectors[:FIRST_TOKENS].sum(0) / len(vectors[:FIRST_TOKENS])
+    opening = _OPENING[: len(own)]
+    head = own[: len(opening)]
+    meaning = widened(table.meaning[own])
+    vectors = (
+        opening @ widened(table.embedding[head]) / opening.sum(),
+        weight @ meaning / max(float(weight.sum()), 1e-6),
+        opening @ meaning[: len(head)] / opening.sum(),
+    )
+    dense[LEXICAL:] = np.concatenate(vectors)
     bag = hashed_bag(table.word_hash[own])
     return PromptFeatures(dense, np.union1d(bag, lora) if len(lora) else bag)
 

@@ -1,6 +1,6 @@
 """Kernel ridge regression over blocks of features and a hashed bag of words.
 
-The kernel adds a Gaussian for each block of (standardized) columns, one over all blocks, a
+The kernel adds a Gaussian for each block of (standardized) columns, a heavier one over all, a
 linear part for the first block and the cosine of the bags (by inverse document frequency). Few
 landmarks (Nystroem) in few principal axes keep a prediction at a small matrix product. What is
 regressed is the target's rank: a squared error of log-lengths would be ruled by a few very short
@@ -31,6 +31,7 @@ _BAG_WEIGHT: Final = 0.5
 _LINEAR_WEIGHT: Final = 0.5
 _BLOCK_WIDTH: Final = 0.25
 _JOINT_WIDTH: Final = 0.5
+_JOINT_WEIGHT: Final = np.float32(3.0)
 _RANKS: Final = np.linspace(0.0, 1.0, 41)
 _JITTER: Final = 1e-3
 _ROWS_AT_ONCE: Final = 128
@@ -130,6 +131,7 @@ def _kernel(parts: Sequence[Array], landmarks: Array, landmark_norms: Array) -> 
     joint *= _JOINT_WIDTH / _BLOCK_WIDTH
     np.maximum(joint, -50.0, out=joint)
     np.exp(exponents, out=exponents)
+    joint *= _JOINT_WEIGHT
     total: Array = exponents.sum(0)
     return total
 

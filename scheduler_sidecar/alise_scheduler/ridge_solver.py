@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
 
-_PENALTIES: Final = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+PENALTIES: Final = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 def solve_ridge(
@@ -27,7 +27,7 @@ def solve_ridge(
     squares, left = squares[kept], left[:, kept]
     edges = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), count]
     best: tuple[float, float, npt.NDArray[np.float64]] | None = None
-    for penalty in _PENALTIES:
+    for penalty in PENALTIES:
         held_out = _out_of_group(left, squares / (squares + penalty), target, edges)
         error = float(np.square(target - held_out).mean())
         if best is None or error < best[0]:
@@ -44,10 +44,13 @@ def _out_of_group(
     edges: list[int],
 ) -> npt.NDArray[np.float64]:
     # With the hat matrix H, the residuals of a left-out group g are (I - H_gg)^-1 (y - Hy)_g.
+    # H includes the intercept that centring fits, 1/n everywhere: without it small penalties look
+    # far better than they are.
+    intercept = 1.0 / len(target)
     residual = target - left @ (shrink * (left.T @ target))
     held_out = np.empty(len(target))
     weighted = left * shrink
     for a, b in pairwise(edges):
-        hat = weighted[a:b] @ left[a:b].T
+        hat = weighted[a:b] @ left[a:b].T + intercept
         held_out[a:b] = np.linalg.solve(np.eye(b - a) * (1 + 1e-9) - hat, residual[a:b])
     return target - held_out

@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS samples (
   is_censored INTEGER NOT NULL, features BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS models (
   fingerprint TEXT PRIMARY KEY, version INTEGER NOT NULL, trained_unix_s REAL NOT NULL,
-  samples_seen INTEGER NOT NULL, loss REAL, blob BLOB NOT NULL);
+  samples_seen INTEGER NOT NULL, loss REAL, learned_from INTEGER NOT NULL, blob BLOB NOT NULL);
 """
 
 _log = logging.getLogger(__name__)
@@ -191,13 +191,14 @@ class SampleStore:
                 for fingerprint, model in models.items():
                     t = model.trained
                     connection.execute(
-                        "INSERT OR REPLACE INTO models VALUES (?, ?, ?, ?, ?, ?)",
+                        "INSERT OR REPLACE INTO models VALUES (?, ?, ?, ?, ?, ?, ?)",
                         (
                             fingerprint,
                             t.version,
                             t.trained_unix_s,
                             t.samples_seen,
                             t.loss,
+                            t.learned_from,
                             model.blob,
                         ),
                     )
@@ -221,14 +222,14 @@ class SampleStore:
         self, connection: sqlite3.Connection, fingerprint: str
     ) -> tuple[Models, Trained] | None:
         row = connection.execute(
-            "SELECT version, trained_unix_s, samples_seen, loss, blob FROM models"
+            "SELECT version, trained_unix_s, samples_seen, loss, learned_from, blob FROM models"
             " WHERE fingerprint = ?",
             (fingerprint,),
         ).fetchone()
         if row is None:
             return None
         loss = float("nan") if row[3] is None else float(row[3])
-        return models_from_bytes(row[4]), Trained(row[0], row[1], row[2], loss)
+        return models_from_bytes(row[5]), Trained(row[0], row[1], row[2], loss, row[4])
 
     def _failed(self, error: Exception) -> None:
         self.write_failures += 1

@@ -36,7 +36,6 @@ class TrainRequest:
     seen: int
     current: Models | None
     trained: Trained
-    is_drifting: bool
     now_unix_s: float
 
 
@@ -51,7 +50,6 @@ def train_here(request: TrainRequest) -> tuple[Models, Trained] | None:
         request.seen,
         request.current,
         request.trained,
-        request.is_drifting,
         request.now_unix_s,
         np.random.default_rng(request.seen),
     )
@@ -102,7 +100,6 @@ def _send(pipe: IO[bytes], request: TrainRequest) -> None:
     header: dict[str, Any] = {
         "seen": request.seen,
         "trained": asdict(request.trained),
-        "is_drifting": request.is_drifting,
         "now_unix_s": request.now_unix_s,
         "model_bytes": len(model),
     }
@@ -124,7 +121,6 @@ def _receive(pipe: IO[bytes]) -> TrainRequest:
         seen=header["seen"],
         current=models_from_bytes(model) if model else None,
         trained=Trained(**header["trained"]),
-        is_drifting=header["is_drifting"],
         now_unix_s=header["now_unix_s"],
     )
 

@@ -20,9 +20,10 @@ from alise_scheduler.training import (
     train,
 )
 
-_HOLDOUT_SHARE: Final = 0.2
+# Of the first jobs, of which half are held out.
+_FIRST_SHARE: Final = 0.4
 _MIN_HOLDOUT: Final = 12
-_DRIFT_RECENT: Final = 500
+_NEWEST_JOBS: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,11 @@ class Trained:
     """Jobs seen, over all time, when they were trained."""
     loss: float
     """Mean pinball loss at arrival on the holdout, before the final fit; NaN without models."""
+    learned_from: int
+    """Jobs seen, over all time, before the first that they learned from: drift moves it on."""
 
 
-UNTRAINED: Final = Trained(version=0, trained_unix_s=0.0, samples_seen=0, loss=math.nan)
+UNTRAINED: Final = Trained(0, 0.0, samples_seen=0, loss=math.nan, learned_from=0)
 
 
 def improve(
@@ -45,45 +48,60 @@ def improve(
     seen: int,
     current: Models | None,
     trained: Trained,
-    is_drifting: bool,
     now_unix_s: float,
     rng: np.random.Generator,
 ) -> tuple[Models, Trained] | None:
     """Return new models if a candidate beats the current ones (at first: the mere distribution).
 
-    The holdout is recent jobs that neither has seen: those since the current models were
-    trained, or the newest fifth at first. A winner is fitted again on everything. After drift
-    only recent jobs count.
+    Jobs that the current models have not seen are dealt out, every other one to learn from and to
+    hold out. A second candidate learns from the newest jobs alone: where it is clearly better,
+    lengths have drifted, and all older jobs are left behind. The winner is fitted again on all of
+    its jobs, the ones held out included.
     """
-    if is_drifting:
-        samples = samples[-_DRIFT_RECENT:]
-    fresh = seen - trained.samples_seen if current else int(len(samples) * _HOLDOUT_SHARE)
-    held = min(fresh, int(len(samples) * 0.5))
-    past, recent = samples[: len(samples) - held], samples[len(samples) - held :]
-    recent = [sample for sample in recent if not sample.is_censored]
-    candidate = train(past, current, rng) if len(recent) >= _MIN_HOLDOUT else None
-    if candidate is None:
+    count = len(samples)
+    fresh = min(seen - trained.samples_seen if current else int(count * _FIRST_SHARE), count)
+    known = samples[: count - fresh]
+    unseen, held = samples[count - fresh :: 2], samples[count - fresh + 1 :: 2]
+    held = [sample for sample in held if not sample.is_censored]
+    if len(held) < _MIN_HOLDOUT:
         return None
-    loss = holdout_loss(candidate, recent)
-    if loss >= _loss_to_beat(current, past, recent):
+    start = max(trained.learned_from - (seen - count), 0)
+    newest = count - max(fresh, _NEWEST_JOBS)
+    best: tuple[Array, int] | None = None
+    for first in [start, newest] if newest - start >= _NEWEST_JOBS else [start]:
+        candidate = train([*known[first:], *unseen], current, rng, only_arrival=True)
+        if candidate is not None:
+            losses = holdout_losses(candidate, held)
+            if best is None or _is_clearly_less(losses, best[0]):
+                best = (losses, first)
+    if best is None or best[0].mean() >= _loss_to_beat(current, [*known, *unseen], held):
         return None
-    final = train(samples, current, rng)
+    losses, first = best
+    final = train(samples[first:], current, rng)
     if final is None:
         return None
-    return final, Trained(trained.version + 1, now_unix_s, seen, loss)
+    learned_from = seen - count + first if first else 0
+    loss = float(losses.mean())
+    return final, Trained(trained.version + 1, now_unix_s, seen, loss, learned_from)
 
 
-def holdout_loss(models: Models, samples: Sequence[Sample]) -> float:
-    """Return the mean pinball loss (of log-lengths) at arrival."""
+def holdout_losses(models: Models, samples: Sequence[Sample]) -> Array:
+    """Return the pinball losses [n] of log-lengths at arrival."""
     logs, _ = models.arrival.predict(stack_prompts(samples), prompt_bags(samples))
-    return float(pinball(logs, _log_lengths(samples)).mean())
+    return pinball(logs, _log_lengths(samples))
+
+
+def _is_clearly_less(losses: Array, others: Array) -> bool:
+    """Compare two models on the same jobs: by two standard errors of the mean difference."""
+    gains = others - losses
+    return float(gains.mean()) > 2 * float(gains.std()) / math.sqrt(len(gains))
 
 
 def _loss_to_beat(
     current: Models | None, past: Sequence[Sample], recent: Sequence[Sample]
 ) -> float:
     if current is not None:
-        return holdout_loss(current, recent)
+        return float(holdout_losses(current, recent).mean())
     known = np.array([float(s.output_tokens) for s in past if not s.is_censored])
     if not len(known):
         return math.inf

@@ -14,10 +14,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from alise_scheduler.answer_features import ANSWER_LEXICAL, ANSWER_WIDTH
+from alise_scheduler.answer_features import ANSWER_LEXICAL, ANSWER_WIDTH, LINES
+from alise_scheduler.answer_lines import projected
 from alise_scheduler.conditioning import conditioned
 from alise_scheduler.lengths import QUANTILE_LEVELS, remaining_after
-from alise_scheduler.prompt_features import LEXICAL, NUMERIC, PROMPT_WIDTH, PromptFeatures
+from alise_scheduler.prompt_features import ASKED, LEXICAL, NUMERIC, PROMPT_WIDTH, PromptFeatures
 from alise_scheduler.quantile_model import QuantileModel, fit_quantiles, pinball
 from alise_scheduler.retrieval import Retrieval, fit_retrieval
 from alise_scheduler.ridge import Bag, BagMatrix, Ridge, bag_matrix, fit_ridge
@@ -35,13 +36,14 @@ _SHARES: Final = tuple(i / 10 for i in range(11))
 
 _PROMPT_BLOCKS: Final = (
     (0, LEXICAL),
-    *((LEXICAL + i * DIMENSIONS, LEXICAL + (i + 1) * DIMENSIONS) for i in range(2)),
+    *((LEXICAL + i * DIMENSIONS, LEXICAL + (i + 1) * DIMENSIONS) for i in range(3)),
 )
+# In front what the trees see, too: the arrival model's prediction, the list's projected rest.
+_OUTLOOK: Final = 6
 _ANSWER_BLOCKS: Final = (
-    (0, ANSWER_LEXICAL),
-    (ANSWER_LEXICAL, ANSWER_WIDTH),
-    # The prompt's lexical features and the arrival model's prediction.
-    (ANSWER_WIDTH, ANSWER_WIDTH + LEXICAL + 2),
+    (0, 2),
+    (2, _OUTLOOK + ANSWER_LEXICAL),
+    (_OUTLOOK + ANSWER_LEXICAL, _OUTLOOK + ANSWER_WIDTH),
 )
 
 
@@ -109,25 +111,27 @@ class Models:
     """None before enough answers were seen in progress."""
 
 
-def answer_rows(answers: Array, prompts: Array, ranks: Array, logs: Array) -> Array:
-    """Return the rows of `AnswerModel`: answer, lexical prompt, the prompt's own prediction.
+def answer_rows(answers: Array, asked: Array, ranks: Array, logs: Array) -> Array:
+    """Return the rows of `AnswerModel`: the prompt's own prediction, the list's rest, the answer.
 
-    `ranks` [n] and `logs` [n] are the arrival model's rank and the log-length that it means.
+    `asked` [n] is the prompts' column `ASKED`; `ranks` [n] and `logs` [n] are the arrival model's
+    rank and the log-length that it means.
     """
     written = answers[:, :1]
     left = np.log1p(np.maximum(np.exp(logs[:, None]) - np.expm1(written), 0.0))
-    rows = [answers, prompts[:, :LEXICAL], ranks[:, None], left]
-    return np.hstack(rows).astype(np.float32)
+    rest = projected(answers[:, LINES], asked)
+    return np.hstack([ranks[:, None], left, asked[:, None], rest, answers]).astype(np.float32)
 
 
-# The trees see little beside the ridge's rank (first, and monotone): with hundreds of jobs, every
-# further column costs more in noise than it tells.
+# The trees see little beside the ridge's rank: with hundreds of jobs, every further column costs
+# more in noise than it tells.
 def _arrival_columns(dense: Array, ranks: Array, neighbours: Array) -> Array:
     return np.hstack([ranks[:, None], neighbours, dense[:, :NUMERIC]])
 
 
 def _answer_columns(rows: Array, ranks: Array) -> Array:
-    return np.hstack([ranks[:, None], rows[:, :1]])
+    written = rows[:, _OUTLOOK, None]
+    return np.hstack([ranks[:, None], written, rows[:, : _OUTLOOK + ANSWER_LEXICAL]])
 
 
 def stack_prompts(samples: Sequence[Sample]) -> Array:
@@ -168,7 +172,10 @@ def true_lengths(
 
 
 def train(
-    samples: Sequence[Sample], current: Models | None, rng: np.random.Generator
+    samples: Sequence[Sample],
+    current: Models | None,
+    rng: np.random.Generator,
+    only_arrival: bool = False,
 ) -> Models | None:
     """Fit both models on the newest of `samples`; None when too few lengths are known."""
     samples = samples[-_MAX_TRAINING_JOBS:]
@@ -187,7 +194,9 @@ def train(
     rows = _arrival_columns(dense, stacked, neighbours)
     quantiles, held_out = fit_quantiles(rows, target, groups, rng)
     arrival = ArrivalModel(ridge, retrieval, quantiles)
-    by_prompt = _ByPrompt(dense, stacked, ridge.to_target(stacked), held_out)
+    if only_arrival:
+        return Models(arrival, None)
+    by_prompt = _ByPrompt(dense[:, ASKED], stacked, ridge.to_target(stacked), held_out)
     return Models(arrival, _train_answers(samples, lengths, by_prompt, rng))
 
 
@@ -195,7 +204,7 @@ def train(
 class _ByPrompt:
     """What is known of each training job from its prompt; predictions are held out."""
 
-    dense: Array
+    asked: Array
     ranks: Array
     logs: Array
     log_quantiles: Array
@@ -218,7 +227,7 @@ def _train_answers(
     groups = np.array([index for index, _ in pairs])
     answers = np.stack([snapshot.dense for _, snapshot in pairs]).astype(np.float32)
     rows = answer_rows(
-        answers, by_prompt.dense[groups], by_prompt.ranks[groups], by_prompt.logs[groups]
+        answers, by_prompt.asked[groups], by_prompt.ranks[groups], by_prompt.logs[groups]
     )
     bags = bag_matrix([snapshot.bag for _, snapshot in pairs])
     written = np.array([snapshot.output_tokens for _, snapshot in pairs])

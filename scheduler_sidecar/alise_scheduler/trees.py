@@ -37,18 +37,18 @@ class Trees:
 
     def _sums(self, rows: Array) -> Array:
         trees = len(self.leaves) // _LEAVES
-        goes_right = rows.T[self.features] >= self.thresholds
-        by_node = goes_right.reshape(_INNER, trees, len(rows))
-        first, second = by_node[0], np.where(by_node[0], by_node[2], by_node[1])
-        third = np.where(
-            first,
-            np.where(second, by_node[6], by_node[5]),
-            np.where(second, by_node[4], by_node[3]),
-        )
-        leaf = first * np.int32(4) + second * np.int32(2) + third
-        leaf *= trees
-        leaf += np.arange(trees, dtype=np.int32)[:, None]
-        values = self.leaves[leaf].reshape(-1, len(self.base), len(rows))
+        goes_right = np.ascontiguousarray(rows.T).take(self.features, axis=0) >= self.thresholds
+        node = goes_right.reshape(_INNER, trees, len(rows))
+        # Bits instead of np.where: several times as fast on arrays of this size.
+        first = node[0]
+        second = node[1] ^ (first & (node[1] ^ node[2]))
+        left = node[3] ^ (second & (node[3] ^ node[4]))
+        right = node[5] ^ (second & (node[5] ^ node[6]))
+        third = left ^ (first & (left ^ right))
+        leaf = first * np.uint16(4) + second * np.uint16(2) + third
+        leaf *= np.uint16(trees)
+        leaf += np.arange(trees, dtype=np.uint16)[:, None]
+        values = self.leaves.take(leaf).reshape(-1, len(self.base), len(rows))
         sums: Array = values.sum(0).T + self.base
         return sums
 
