@@ -67,6 +67,7 @@ lint: $(STAMP) ## Check style, types, imports and generated files
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	PYTHONPATH=scheduler_sidecar:engine:benchmarks:operator $(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(MAKE) --no-print-directory proto
 	$(MAKE) --no-print-directory operator-generate
 	git diff --exit-code -- scheduler_sidecar/alise_scheduler/v1 crds docs/api.md charts
