@@ -27,7 +27,7 @@ BUILD = test -n "$(BUILDER)" || { echo "needs docker (with buildx), podman or bu
   $(BUILDER) build $(BUILD_OPTIONS) --build-arg PIP_FIND_LINKS="$${PIP_FIND_LINKS:-}" \
   --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD)
 LOCK = $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header \
-  --no-annotate --no-emit-index-url --no-emit-find-links $(ARGS)
+  --no-emit-index-url --no-emit-find-links $(ARGS)
 
 .PHONY: images image-cuda lock e2e help install serve test test-fast test-operator lint format proto operator-generate bench clean
 
@@ -107,7 +107,9 @@ image-cuda: ## Build the image alise/engine, on vLLM's official one (some 20 GB)
 lock: $(STAMP) ## Resolve what the images install, with Python 3.11 as they have; ARGS=--upgrade for newer
 	$(LOCK) --extra operator -o operator/requirements.txt pyproject.toml
 	$(LOCK) --extra sidecar -o scheduler_sidecar/requirements.txt pyproject.toml
-	$(LOCK) --extra cpu --unsafe-package torch --no-allow-unsafe -o engine/requirements.txt pyproject.toml
+	@# Without torch, which the image takes from elsewhere, and what is not for serving text.
+	$(LOCK) --extra cpu --no-allow-unsafe $(addprefix --unsafe-package ,alise torch torchaudio torchvision) \
+	  -o engine/requirements.txt pyproject.toml
 	printf '%s\n' grpcio protobuf sortedcontainers xxhash | \
 	  $(LOCK) --constraint engine/requirements.txt -o engine/requirements-cuda.txt -
 
