@@ -51,12 +51,15 @@ def install() -> None:
         "defaultImages.engineCpu": image("engine"),
         "defaultImages.predictor": image("sidecar"),
     }
-    helm("install", *[f"--set-string={name}={value}" for name, value in values.items()])
+    helm("upgrade", "--install", *[f"--set-string={name}={value}" for name, value in values.items()])
 
 
 @pytest.fixture(scope="session")
 def operator() -> Iterator[None]:
-    """Install the chart in a namespace that enforces "restricted", as the tests' own does."""
+    """Install the chart in a namespace that enforces "restricted", as the tests' own does.
+
+    With E2E_KEEP set, all stays when the tests are done, and the next run takes it up.
+    """
     for namespace in (SYSTEM_NAMESPACE, NAMESPACE):
         body = {
             "apiVersion": "v1",
@@ -69,6 +72,8 @@ def operator() -> Iterator[None]:
         run("kubectl", "apply", "-f", "-", stdin=json.dumps(body))
     install()
     yield
+    if os.environ.get("E2E_KEEP"):
+        return
     run("kubectl", "delete", "alise", "--all", "--all-namespaces", "--wait")
     helm("uninstall")
     run("kubectl", "delete", "namespace", NAMESPACE, SYSTEM_NAMESPACE, wait_s=300)
