@@ -51,7 +51,8 @@ def install() -> None:
         "defaultImages.engineCpu": image("engine"),
         "defaultImages.predictor": image("sidecar"),
     }
-    helm("upgrade", "--install", *[f"--set-string={name}={value}" for name, value in values.items()])
+    options = [f"--set-string={name}={value}" for name, value in values.items()]
+    helm("upgrade", "--install", *options)
 
 
 @pytest.fixture(scope="session")
