@@ -109,7 +109,7 @@ def test_a_model_that_does_not_exist(broken: Any) -> None:
     eventually(has_ended, "the engine ends")
     wanted = ("False", "ModelDownloadFailed")
     eventually(lambda: condition(name) == wanted, str(wanted), _WITHIN_S)
-    assert "no-such-org/no-such-model" in json.dumps(status(name))
+    assert "LocalEntryNotFoundError" in json.dumps(status(name))
     event_of(name, "ModelDownloadFailed")
 
 
