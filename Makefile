@@ -108,7 +108,7 @@ lock: $(STAMP) ## Resolve what the images install, with Python 3.11 as they have
 	$(LOCK) --extra operator -o operator/requirements.txt pyproject.toml
 	$(LOCK) --extra sidecar -o scheduler_sidecar/requirements.txt pyproject.toml
 	@# Without torch, which the image takes from elsewhere, and what is not for serving text.
-	$(LOCK) --extra cpu --no-allow-unsafe $(addprefix --unsafe-package ,alise torch torchaudio torchvision) \
+	$(LOCK) --extra cpu --no-allow-unsafe $(addprefix --unsafe-package ,alise torch torchaudio torchcodec torchvision) \
 	  -o engine/requirements.txt pyproject.toml
 	printf '%s\n' grpcio protobuf sortedcontainers xxhash | \
 	  $(LOCK) --constraint engine/requirements.txt -o engine/requirements-cuda.txt -

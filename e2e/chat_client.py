@@ -14,7 +14,7 @@ from pathlib import Path
 
 from openai import OpenAI
 
-_APART_S = 0.02  # of a burst: so that the server sees its requests in this order
+_APART_S = 0.05  # of a burst: so that the server sees its requests in this order
 
 parser = argparse.ArgumentParser()
 parser.add_argument("url")
@@ -30,6 +30,7 @@ parser.add_argument(
 )
 arguments = parser.parse_args()
 client = OpenAI(base_url=arguments.url, api_key="none", max_retries=arguments.retries, timeout=300)
+model = client.models.list().data[0].id
 start_s = time.monotonic()
 
 
@@ -38,7 +39,7 @@ def ask(number: int, prompt: str, tokens: int, **more: object) -> None:
     result: dict[str, object] = {"number": number, "sent_s": time.monotonic() - start_s}
     try:
         stream = client.chat.completions.create(
-            model=client.models.list().data[0].id,
+            model=model,
             messages=[{"role": "user", "content": prompt}],
             max_tokens=tokens,
             stream=True,

@@ -72,14 +72,17 @@ def pods(service: str) -> list[dict[str, Any]]:
 
 
 def eventually(check: Callable[[], Any], what: str, wait_s: float = WAIT_S) -> Any:
-    """Return the first true value of `check`."""
+    """Return the first true value of `check`, which may fail before."""
     deadline_s = time.monotonic() + wait_s
     while True:
-        value = check()
-        if value:
-            return value
+        try:
+            last = check()
+            if last:
+                return last
+        except AssertionError as error:
+            last = error
         if time.monotonic() > deadline_s:
-            pytest.fail(f"not within {wait_s:g} s: {what}; last: {value!r}")
+            pytest.fail(f"not within {wait_s:g} s: {what}; last: {last!r}")
         time.sleep(1)
 
 
