@@ -23,8 +23,13 @@ BUILDER ?= $(shell if docker buildx version >/dev/null 2>&1 && docker info >/dev
 # For example BUILD_OPTIONS='--network host'; with PIP_FIND_LINKS set, mount that folder: -v DIR:DIR:ro
 BUILD_OPTIONS ?=
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+BUILD = test -n "$(BUILDER)" || { echo "needs docker (with buildx), podman or buildah" >&2; exit 1; }; \
+  $(BUILDER) build $(BUILD_OPTIONS) --build-arg PIP_FIND_LINKS="$${PIP_FIND_LINKS:-}" \
+  --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD)
+LOCK = $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header \
+  --no-emit-index-url --no-emit-find-links $(ARGS)
 
-.PHONY: images e2e help install serve test test-fast test-operator lint format proto operator-generate bench clean
+.PHONY: images image-cuda lock e2e help install serve test test-fast test-operator lint format proto operator-generate bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -67,6 +72,7 @@ lint: $(STAMP) ## Check style, types, imports and generated files
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	PYTHONPATH=scheduler_sidecar:engine:benchmarks:operator $(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(MAKE) --no-print-directory proto
 	$(MAKE) --no-print-directory operator-generate
 	git diff --exit-code -- scheduler_sidecar/alise_scheduler/v1 crds docs/api.md charts
@@ -91,12 +97,21 @@ test-operator: $(STAMP) ## Run the operator's tests; with kube-apiserver and etc
 	$(BIN)/python -m pytest tests/test_alise_operator_*.py $(ARGS)
 
 images: ## Build the images alise/operator, alise/sidecar and alise/engine-cpu
-	@test -n "$(BUILDER)" || { echo "needs docker (with buildx), podman or buildah" >&2; exit 1; }
 	for image in operator=operator sidecar=scheduler_sidecar engine-cpu=engine; do \
-	  $(BUILDER) build $(BUILD_OPTIONS) --build-arg PIP_FIND_LINKS="$${PIP_FIND_LINKS:-}" \
-	    --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) \
-	    -t alise/$${image%%=*}:$(VERSION) -f $${image##*=}/Dockerfile .; \
+	  $(BUILD) -t alise/$${image%%=*}:$(VERSION) -f $${image##*=}/Dockerfile .; \
 	done
+
+image-cuda: ## Build the image alise/engine, on vLLM's official one (some 20 GB)
+	$(BUILD) -t alise/engine:$(VERSION) -f engine/Dockerfile.cuda .
+
+lock: $(STAMP) ## Resolve what the images install, with Python 3.11 as they have; ARGS=--upgrade for newer
+	$(LOCK) --extra operator -o operator/requirements.txt pyproject.toml
+	$(LOCK) --extra sidecar -o scheduler_sidecar/requirements.txt pyproject.toml
+	@# Without torch, which the image takes from elsewhere, and what is not for serving text.
+	$(LOCK) --extra cpu --no-allow-unsafe $(addprefix --unsafe-package ,alise torch torchaudio torchcodec torchvision) \
+	  -o engine/requirements.txt pyproject.toml
+	printf '%s\n' grpcio protobuf sortedcontainers xxhash | \
+	  $(LOCK) --constraint engine/requirements.txt -o engine/requirements-cuda.txt -
 
 e2e: $(STAMP) ## Images, a kind cluster, the chart, and the tests in e2e/ (docs/e2e.md)
 	PYTHON=$(BIN)/python BUILDER=$(BUILDER) BUILD_OPTIONS="$(BUILD_OPTIONS)" e2e/run.sh $(ARGS)

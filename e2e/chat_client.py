@@ -14,6 +14,8 @@ from pathlib import Path
 
 from openai import OpenAI
 
+_APART_S = 0.05  # of a burst: so that the server sees its requests in this order
+
 parser = argparse.ArgumentParser()
 parser.add_argument("url")
 parser.add_argument("--requests", type=int, default=1)
@@ -21,28 +23,43 @@ parser.add_argument("--until", type=Path, help="go on until this file exists")
 parser.add_argument("--concurrency", type=int, default=1)
 parser.add_argument("--tokens", type=int, default=16)
 parser.add_argument("--retries", type=int, default=0)
+parser.add_argument(
+    "--burst",
+    type=json.loads,
+    help="JSON list of [prompt, tokens]: all sent at once, and answers are as long as this says",
+)
 arguments = parser.parse_args()
-client = OpenAI(base_url=arguments.url, api_key="none", max_retries=arguments.retries, timeout=120)
+client = OpenAI(base_url=arguments.url, api_key="none", max_retries=arguments.retries, timeout=300)
+model = client.models.list().data[0].id
+start_s = time.monotonic()
 
 
-def chat(number: int) -> None:
-    """Ask for one streamed answer."""
-    start_s = time.monotonic()
-    result: dict[str, object] = {"number": number}
+def ask(number: int, prompt: str, tokens: int, **more: object) -> None:
+    """Ask for one streamed answer; times are seconds since this program's start."""
+    result: dict[str, object] = {"number": number, "sent_s": time.monotonic() - start_s}
     try:
         stream = client.chat.completions.create(
-            model=client.models.list().data[0].id,
-            messages=[{"role": "user", "content": f"Count from {number} upwards."}],
-            max_tokens=arguments.tokens,
+            model=model,
+            messages=[{"role": "user", "content": prompt}],
+            max_tokens=tokens,
             stream=True,
+            extra_body=more,
         )
-        pieces = [chunk.choices[0].delta.content for chunk in stream if chunk.choices]
-        texts = [piece for piece in pieces if piece]
+        texts = []
+        for chunk in stream:
+            if chunk.choices and chunk.choices[0].delta.content:
+                result.setdefault("first_s", time.monotonic() - start_s)
+                texts.append(chunk.choices[0].delta.content)
         result |= {"text": "".join(texts), "pieces": len(texts)}
     except Exception as error:  # a stream that breaks is not wrapped by the client
         result["error"] = f"{type(error).__name__}: {error}"
-    result["seconds"] = round(time.monotonic() - start_s, 2)
+    result["done_s"] = time.monotonic() - start_s
     print(json.dumps(result), flush=True)
+
+
+def chat(number: int) -> None:
+    """Ask for something that takes some tokens to say."""
+    ask(number, f"Count from {number} upwards.", arguments.tokens)
 
 
 def series(worker: int) -> None:
@@ -53,8 +70,19 @@ def series(worker: int) -> None:
         chat(number)
 
 
-with ThreadPoolExecutor(arguments.concurrency) as executor:
-    if arguments.until:
-        list(executor.map(series, range(arguments.concurrency)))
-    else:
-        list(executor.map(chat, range(arguments.requests)))
+def burst() -> None:
+    """Ask for everything at once, in this order."""
+    with ThreadPoolExecutor(len(arguments.burst)) as executor:
+        for number, (prompt, tokens) in enumerate(arguments.burst):
+            executor.submit(ask, number, prompt, tokens, ignore_eos=True)
+            time.sleep(_APART_S)
+
+
+if arguments.burst:
+    burst()
+else:
+    with ThreadPoolExecutor(arguments.concurrency) as executor:
+        if arguments.until:
+            list(executor.map(series, range(arguments.concurrency)))
+        else:
+            list(executor.map(chat, range(arguments.requests)))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +72,17 @@ def pods(service: str) -> list[dict[str, Any]]:
 
 
 def eventually(check: Callable[[], Any], what: str, wait_s: float = WAIT_S) -> Any:
-    """Return the first true value of `check`."""
+    """Return the first true value of `check`, which may fail before."""
     deadline_s = time.monotonic() + wait_s
     while True:
-        value = check()
-        if value:
-            return value
+        try:
+            last = check()
+            if last:
+                return last
+        except AssertionError as error:
+            last = error
         if time.monotonic() > deadline_s:
-            pytest.fail(f"not within {wait_s:g} s: {what}; last: {value!r}")
+            pytest.fail(f"not within {wait_s:g} s: {what}; last: {last!r}")
         time.sleep(1)
 
 
@@ -108,11 +113,79 @@ def chat(service: str, *options: str, wait_s: float = _COMMAND_S) -> list[dict[s
     return [json.loads(line) for line in lines]
 
 
+@contextmanager
+def load(service: str, *options: str) -> Iterator[list[dict[str, Any]]]:
+    """Send requests while the body runs; the list has their results afterwards."""
+    flag, results = "/tmp/stop", []
+    kubectl("exec", CLIENT, "--", "rm", "-f", flag)
+
+    def send() -> None:
+        results.extend(chat(service, "--until", flag, *options, wait_s=900))
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield results
+    finally:
+        kubectl("exec", CLIENT, "--", "touch", flag)
+        sender.join()
+    assert results, "no request was sent, or the client's pod failed"
+
+
+def failed(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the requests that failed, for messages of assertions."""
+    return [each for each in results if "error" in each]
+
+
+def restarts(service: str, container: str) -> int:
+    """Return how often a container of the only pod was restarted."""
+    (pod,) = pods(service)
+    found = pod["status"]["containerStatuses"] + pod["status"]["initContainerStatuses"]
+    (count,) = [each["restartCount"] for each in found if each["name"] == container]
+    return int(count)
+
+
+def uids(service: str) -> set[str]:
+    """Return what tells a service's pods from others of the same name."""
+    return {pod["metadata"]["uid"] for pod in pods(service)}
+
+
+def wait_replaced(service: str, old: set[str]) -> None:
+    """Wait until other pods than the `old` ones serve, and none else is there."""
+
+    def is_replaced() -> bool:
+        found = pods(service)
+        return bool(found) and all(
+            pod["metadata"]["uid"] not in old and _serves(pod) for pod in found
+        )
+
+    eventually(is_replaced, f"pods of {service} are replaced")
+    wait_ready(service)
+
+
+def _serves(pod: dict[str, Any]) -> bool:
+    conditions = pod["status"].get("conditions", [])
+    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+
+
 def metric(pod: dict[str, Any], name: str, port: int = 9464) -> float:
-    """Return a metric of a pod without labels, asked from another pod."""
-    page = f"http://{pod['status']['podIP']}:{port}/metrics"
+    """Return a metric of a pod, asked from another pod: the sum over the labels not in `name`."""
+    lines = _page(pod, "/metrics", port).splitlines()
+    values = [float(each.rpartition(" ")[2]) for each in lines if each.startswith(_starts(name))]
+    assert values, f"{pod['metadata']['name']}:{port} has no metric {name}"
+    return sum(values)
+
+
+def _starts(name: str) -> tuple[str, str]:
+    return f"{name} ", f"{name}{{"
+
+
+def sidecar_document(pod: dict[str, Any]) -> dict[str, Any]:
+    """Return what a pod's sidecar says of itself and its jobs."""
+    return dict(json.loads(_page(pod, "/api/v1/status", 9464)))
+
+
+def _page(pod: dict[str, Any], path: str, port: int) -> str:
+    page = f"http://{pod['status']['podIP']}:{port}{path}"
     code = f"import urllib.request; print(urllib.request.urlopen({page!r}).read().decode())"
-    for line in in_pod(CLIENT, CLIENT, code).splitlines():
-        if line.startswith(f"{name} "):
-            return float(line.split()[1])
-    raise AssertionError(f"{page} has no {name}")
+    return in_pod(CLIENT, CLIENT, code)

@@ -20,6 +20,13 @@ from cluster import CLIENT, NAMESPACE, ROOT, SYSTEM_NAMESPACE, kubectl, run
 _CHART = ROOT / "charts" / "alise-operator"
 VERSION = yaml.safe_load((_CHART / "Chart.yaml").read_text())["appVersion"]
 RELEASE = "alise"
+# What "restricted" asks of a container.
+CONTAINER_SECURITY = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "runAsNonRoot": True,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
 
 
 def image(name: str) -> str:
@@ -28,9 +35,32 @@ def image(name: str) -> str:
     return os.environ.get(f"E2E_{name.upper()}_IMAGE", default)
 
 
+def helm(verb: str, *options: str) -> None:
+    """Run helm on the release."""
+    chart = () if verb == "uninstall" else (str(_CHART),)
+    where = ("--namespace", SYSTEM_NAMESPACE, "--wait")
+    run("helm", verb, RELEASE, *chart, *where, *options, wait_s=300)
+
+
+def install() -> None:
+    """Install the chart with the images of this run."""
+    repository, _, tag = image("operator").rpartition(":")
+    values = {
+        "image.repository": repository,
+        "image.tag": tag,
+        "defaultImages.engineCpu": image("engine"),
+        "defaultImages.predictor": image("sidecar"),
+    }
+    options = [f"--set-string={name}={value}" for name, value in values.items()]
+    helm("upgrade", "--install", *options)
+
+
 @pytest.fixture(scope="session")
 def operator() -> Iterator[None]:
-    """Install the chart in a namespace that enforces "restricted", as the tests' own does."""
+    """Install the chart in a namespace that enforces "restricted", as the tests' own does.
+
+    With E2E_KEEP set, all stays when the tests are done, and the next run takes it up.
+    """
     for namespace in (SYSTEM_NAMESPACE, NAMESPACE):
         body = {
             "apiVersion": "v1",
@@ -41,36 +71,23 @@ def operator() -> Iterator[None]:
             },
         }
         run("kubectl", "apply", "-f", "-", stdin=json.dumps(body))
-    repository, _, tag = image("operator").rpartition(":")
-    values = {
-        "image.repository": repository,
-        "image.tag": tag,
-        "defaultImages.engineCpu": image("engine"),
-        "defaultImages.predictor": image("sidecar"),
-    }
-    options = [f"--set-string={name}={value}" for name, value in values.items()]
-    where = ("--namespace", SYSTEM_NAMESPACE)
-    run("helm", "install", RELEASE, str(_CHART), *where, *options, "--wait", wait_s=300)
+    install()
     yield
+    if os.environ.get("E2E_KEEP"):
+        return
     run("kubectl", "delete", "alise", "--all", "--all-namespaces", "--wait")
-    run("helm", "uninstall", RELEASE, *where, "--wait", wait_s=300)
+    helm("uninstall")
     run("kubectl", "delete", "namespace", NAMESPACE, SYSTEM_NAMESPACE, wait_s=300)
 
 
 @pytest.fixture(scope="session")
 def client(operator: None) -> str:
     """Start a pod from which requests come: through DNS and the Service, as users' do."""
-    security = {
-        "allowPrivilegeEscalation": False,
-        "capabilities": {"drop": ["ALL"]},
-        "runAsNonRoot": True,
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
     container = {
         "name": CLIENT,
         "image": image("engine"),  # vLLM brings the OpenAI client along
         "command": ["sleep", "infinity"],
-        "securityContext": security,
+        "securityContext": CONTAINER_SECURITY,
     }
     pod = {"terminationGracePeriodSeconds": 0, "containers": [container]}
     metadata = {"name": CLIENT, "namespace": NAMESPACE}

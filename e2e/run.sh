@@ -5,7 +5,7 @@
 #   E2E_KUBECONFIG   use this cluster instead of kind; the images must be there or be pullable
 #   E2E_SKIP_BUILD=1 take the images as they are
 #   E2E_OUT          folder of logs and events of failures; default build/e2e
-#   E2E_KEEP=1       keep the cluster (the suite's own objects are removed all the same)
+#   E2E_KEEP=1       keep the cluster and what the suite made; the next run can take both up
 # Further options are pytest's.
 set -euo pipefail
 cd "$(dirname "$0")/.."

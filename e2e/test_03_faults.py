@@ -1,15 +1,22 @@
-"""Sidecar and engine die under load from an ordinary client: all is Ready again."""
+"""Sidecar, engine and operator die under load from an ordinary client: all is Ready again."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import cluster
 import pytest
-from cluster import CLIENT, chat, eventually, in_pod, kubectl, metric, pods, wait_ready
+from cluster import (
+    SYSTEM_NAMESPACE,
+    chat,
+    eventually,
+    failed,
+    in_pod,
+    load,
+    metric,
+    pods,
+    restarts,
+    run,
+    wait_ready,
+)
 
 _TERMINATE = "import os, signal; os.kill(1, signal.SIGTERM)"
 # vLLM's engine core sets its own name; its parent, process 1, answers HTTP.
@@ -24,32 +31,6 @@ for folder in pathlib.Path("/proc").glob("[0-9]*"):
         os.kill(int(folder.name), signal.SIGKILL)
         print("killed", folder.name)
 """
-
-
-@contextmanager
-def load(service: str, *options: str) -> Iterator[list[dict[str, Any]]]:
-    """Send requests while the body runs; the list has their results afterwards."""
-    flag, results = "/tmp/stop", []
-    kubectl("exec", CLIENT, "--", "rm", "-f", flag)
-
-    def send() -> None:
-        results.extend(chat(service, "--until", flag, *options, wait_s=600))
-
-    sender = threading.Thread(target=send)
-    sender.start()
-    try:
-        yield results
-    finally:
-        kubectl("exec", CLIENT, "--", "touch", flag)
-        sender.join()
-
-
-def restarts(service: str, container: str) -> int:
-    """Return how often a container of the only pod was restarted."""
-    (pod,) = pods(service)
-    found = pod["status"]["containerStatuses"] + pod["status"]["initContainerStatuses"]
-    (count,) = [each["restartCount"] for each in found if each["name"] == container]
-    return int(count)
 
 
 def samples(service: str) -> float:
@@ -67,8 +48,7 @@ def test_a_sidecar_that_dies_costs_no_request_and_forgets_nothing(smol: str) -> 
         in_pod(pod["metadata"]["name"], "predictor", _TERMINATE)
         eventually(lambda: restarts(smol, "predictor") > count, "the sidecar is restarted", 60)
         eventually(lambda: cluster.condition(smol, "PredictorReady")[0] == "True", "Ready", 60)
-    assert results
-    assert [each for each in results if "error" in each] == []
+    assert failed(results) == []
     assert restarts(smol, "engine") == 0
     eventually(lambda: samples(smol) >= before, "samples are still there", 60)
     wait_ready(smol)
@@ -86,7 +66,24 @@ def test_an_engine_that_dies_is_told_of_and_comes_back(smol: str) -> None:
         eventually(lambda: restarts(smol, "engine") > count, "the engine is restarted", 120)
         wait_ready(smol)
         assert cluster.status(smol)["lastFailure"]["container"] == "engine"
-    broken = [each for each in results if "error" in each]
     # Only what streamed from the killed engine: the client can't know how to go on.
-    assert len(broken) <= 2, broken
-    assert any("error" not in each for each in results)
+    assert len(failed(results)) <= 2, failed(results)
+    assert len(results) > 2
+
+
+def test_an_operator_that_dies_is_not_missed(smol: str) -> None:
+    before = cluster.uids(smol)
+    system = ("kubectl", "-n", SYSTEM_NAMESPACE)
+    with load(smol) as results:
+        run(*system, "delete", "pods", "--all", "--grace-period=0", "--force")
+        run(*system, "rollout", "status", "deployment", "--timeout=120s", wait_s=130)
+        # It works: what it has to tell comes as before.
+        cluster.patch(smol, scheduling={"gammaMilli": 500})
+        generation = cluster.objects("alise", smol)["metadata"]["generation"]
+        eventually(
+            lambda: cluster.status(smol)["observedGeneration"] == generation, "it is seen", 120
+        )
+    assert failed(results) == []
+    assert cluster.uids(smol) == before
+    cluster.patch(smol, scheduling={"gammaMilli": None})
+    wait_ready(smol)

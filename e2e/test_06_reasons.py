@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from cluster import NAMESPACE, apply, condition, eventually, kubectl, objects, status
+from cluster import NAMESPACE, apply, condition, eventually, kubectl, objects, pods, status
 
 _WITHIN_S = 30
+_CHILDREN = (
+    "deployments,pods,services,serviceaccounts,configmaps,persistentvolumeclaims,"
+    "networkpolicies,poddisruptionbudgets"
+)
 _SMALL = {
     "resources": {"cpu": "10m", "memoryGiB": 1},
     "shmGiB": 1,
@@ -43,6 +47,9 @@ def broken(operator: None) -> Iterator[Any]:
     yield make
     for name in made:
         kubectl("delete", "alise", name)
+        selector = f"serving.alise.dev/service={name}"
+        of_it = ("get", _CHILDREN, "-l", selector, "-o", "name")
+        eventually(lambda of_it=of_it: not kubectl(*of_it), f"nothing is left of {name}", 90)
 
 
 def test_more_gpus_than_there_are(broken: Any) -> None:
@@ -70,6 +77,40 @@ def test_a_token_that_does_not_exist(broken: Any) -> None:
         lambda: "no-such-secret" in json.dumps(status(name)), "the Secret is named", _WITHIN_S
     )
     assert condition(name)[0] == "False"
+
+
+def test_a_volume_with_a_model_that_does_not_exist(broken: Any) -> None:
+    name = broken("no-claim", {}, model={"uri": "pvc://no-such-claim/model"})
+    wanted = ("False", "Unschedulable")
+    eventually(lambda: condition(name) == wanted, str(wanted), _WITHIN_S)
+    assert "no-such-claim" in json.dumps(status(name))
+    event_of(name, "Unschedulable")
+
+
+@pytest.mark.timeout(600)
+def test_a_model_that_does_not_exist(broken: Any) -> None:
+    """Within half a minute of the engine's own end: it must start to find out."""
+    enough = {"resources": {"cpu": "10m", "memoryGiB": 3}}
+    name = broken(
+        "no-model",
+        {**enough, "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}]},
+        model={"uri": "hf://no-such-org/no-such-model", "cache": {"enabled": False}},
+    )
+
+    def has_ended() -> bool:
+        states = [
+            state
+            for pod in pods(name)
+            for each in pod["status"].get("containerStatuses", [])
+            for state in (each["state"], each["lastState"])
+        ]
+        return any("terminated" in state for state in states)
+
+    eventually(has_ended, "the engine ends")
+    wanted = ("False", "ModelDownloadFailed")
+    eventually(lambda: condition(name) == wanted, str(wanted), _WITHIN_S)
+    assert "LocalEntryNotFoundError" in json.dumps(status(name))
+    event_of(name, "ModelDownloadFailed")
 
 
 def event_of(service: str, reason: str) -> None:

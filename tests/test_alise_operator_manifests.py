@@ -203,6 +203,13 @@ def test_secrets_are_passed_by_reference() -> None:
     assert environment["K"]["valueFrom"] == {"secretKeyRef": {"name": "s", "key": "k"}}
 
 
+def test_torch_listens_on_the_loopback_interface_unless_a_replica_spans_nodes() -> None:
+    inside = {"name": "GLOO_SOCKET_IFNAME", "value": "lo"}
+    assert inside in engine_arguments_env(view())
+    parallel = {"parallelism": {"tensor": 16}, "accelerator": {"count": 16, "perNode": 8}}
+    assert inside not in engine_arguments_env(view(engine=parallel))
+
+
 def engine_arguments_env(service: ServiceView) -> list[dict[str, Any]]:
     return pod_template(service)["spec"]["containers"][0]["env"]
 

@@ -61,6 +61,11 @@ NO_GPU = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
             "GatedRepoError: 403",
         ),
         (
+            pod(engine=ended(1, "Invalid repository ID or local directory specified: 'a/b'.\n1.")),
+            "ModelDownloadFailed",
+            "'a/b'",
+        ),
+        (
             pod(engine=ended(1, "torch.OutOfMemoryError: CUDA out of memory.")),
             "AcceleratorOutOfMemory",
             "CUDA out of memory",

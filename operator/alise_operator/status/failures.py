@@ -30,6 +30,7 @@ _CRASHES: Final = (
         re.compile(
             r"GatedRepoError|RepositoryNotFoundError|RevisionNotFoundError|HfHubHTTPError"
             r"|LocalEntryNotFoundError|OfflineModeIsEnabled|No space left on device"
+            r"|Invalid repository ID or local directory"
         ),
         "ModelDownloadFailed",
     ),
