@@ -110,7 +110,7 @@ lock: $(STAMP) ## Resolve what the images install, with Python 3.11 as they have
 	@# Without torch, which the image takes from elsewhere, and what is not for serving text.
 	$(LOCK) --extra cpu --no-allow-unsafe $(addprefix --unsafe-package ,alise torch torchaudio torchcodec torchvision) \
 	  -o engine/requirements.txt pyproject.toml
-	printf '%s\n' grpcio protobuf sortedcontainers xxhash | \
+	printf '%s\n' grpcio protobuf sortedcontainers wordllama xxhash | \
 	  $(LOCK) --constraint engine/requirements.txt -o engine/requirements-cuda.txt -
 
 e2e: $(STAMP) ## Images, a kind cluster, the chart, and the tests in e2e/ (docs/e2e.md)
