@@ -160,7 +160,7 @@ def test_packaged_profiles_say_where_they_come_from(name: str, tmp_path: Path) -
 
 
 def test_a_profile_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="neither a file nor one of llama3"):
+    with pytest.raises(BenchError, match="neither a file nor one of flat-16, llama3"):
         load_profile("b200")
     (tmp_path / "p.json").write_text('{"name": "x"}')
     with pytest.raises(BenchError, match="not a profile"):
