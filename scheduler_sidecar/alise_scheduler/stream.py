@@ -106,10 +106,12 @@ class Stream:
                 await self._wait_for_work()
 
     async def _wait_for_work(self) -> None:
+        # Not `wait_for`: before Python 3.12 it loses a cancellation that comes with the wake-up.
+        waiter = asyncio.create_task(self._wake.wait())
         try:
-            await asyncio.wait_for(self._wake.wait(), _IDLE_S)
-        except asyncio.TimeoutError:
-            return
+            await asyncio.wait({waiter}, timeout=_IDLE_S)
+        finally:
+            waiter.cancel()
         self._wake.clear()
 
     async def _send_update(self, update: Update) -> None:
