@@ -44,7 +44,9 @@ def test_a_sidecar_that_dies_costs_no_request_and_forgets_nothing(smol: str) -> 
     eventually(lambda: samples(smol) >= 3, "answers are samples", 60)
     before, (pod,) = samples(smol), pods(smol)
     count = restarts(smol, "predictor")
-    with load(smol, "--concurrency", "2") as results:
+    # The stock client's own default: while a container of it is away, Kubernetes counts the pod as
+    # not ready, and the Service has no other.
+    with load(smol, "--concurrency", "2", "--retries", "2") as results:
         in_pod(pod["metadata"]["name"], "predictor", _TERMINATE)
         eventually(lambda: restarts(smol, "predictor") > count, "the sidecar is restarted", 60)
         eventually(lambda: cluster.condition(smol, "PredictorReady")[0] == "True", "Ready", 60)
