@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,7 +55,8 @@ def ask(number: int, prompt: str, tokens: int, **more: object) -> None:
     except Exception as error:  # a stream that breaks is not wrapped by the client
         result["error"] = f"{type(error).__name__}: {error}"
     result["done_s"] = time.monotonic() - start_s
-    print(json.dumps(result), flush=True)
+    sys.stdout.write(json.dumps(result) + "\n")  # at once: threads share the line
+    sys.stdout.flush()
 
 
 def chat(number: int) -> None:
