@@ -37,8 +37,11 @@ def overtakings(service: str) -> tuple[int, int]:
 def trained(smol: str) -> str:
     """Have the sidecar learn from answers to both kinds of prompts."""
 
+    (pod,) = pods(smol)
+    # An engine that has just started first makes its token table, at the lowest priority.
+    eventually(lambda: metric(pod, "alise_sessions") >= 1, "the engine is connected", 120)
+
     def is_trained() -> bool:
-        (pod,) = pods(smol)
         return metric(pod, "alise_model_version") >= 1
 
     for _ in range(4):
