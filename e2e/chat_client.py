@@ -27,7 +27,7 @@ parser.add_argument("--retries", type=int, default=0)
 parser.add_argument(
     "--burst",
     type=json.loads,
-    help="JSON list of [prompt, tokens]: all sent at once, and answers are as long as this says",
+    help="JSON list of [prompt, most tokens]: all sent at once, in this order",
 )
 arguments = parser.parse_args()
 client = OpenAI(base_url=arguments.url, api_key="none", max_retries=arguments.retries, timeout=300)
@@ -35,7 +35,7 @@ model = client.models.list().data[0].id
 start_s = time.monotonic()
 
 
-def ask(number: int, prompt: str, tokens: int, **more: object) -> None:
+def ask(number: int, prompt: str, tokens: int) -> None:
     """Ask for one streamed answer; times are seconds since this program's start."""
     result: dict[str, object] = {"number": number, "sent_s": time.monotonic() - start_s}
     try:
@@ -44,7 +44,6 @@ def ask(number: int, prompt: str, tokens: int, **more: object) -> None:
             messages=[{"role": "user", "content": prompt}],
             max_tokens=tokens,
             stream=True,
-            extra_body=more,
         )
         texts = []
         for chunk in stream:
@@ -76,7 +75,7 @@ def burst() -> None:
     """Ask for everything at once, in this order."""
     with ThreadPoolExecutor(len(arguments.burst)) as executor:
         for number, (prompt, tokens) in enumerate(arguments.burst):
-            executor.submit(ask, number, prompt, tokens, ignore_eos=True)
+            executor.submit(ask, number, prompt, tokens)
             time.sleep(_APART_S)
 
 

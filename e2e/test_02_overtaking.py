@@ -13,8 +13,9 @@ import pytest
 from cluster import chat, eventually, metric, patch, pods, sidecar_document
 
 _SLOTS = 16  # of the embedded model's default
-_LONG = ("Tell a long story about number {}.", 96)
-_SHORT = ("Say only the word number {}.", 4)
+# Answers end by themselves: the predictor learns nothing of the length of one that was cut off.
+_LONG = ("Explain in one paragraph how a machine with {} wheels works.", 400)
+_SHORT = ("What comes after {}? Say the number only.", 400)
 
 
 def burst(service: str, *kinds: tuple[str, int]) -> list[dict[str, Any]]:
