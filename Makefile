@@ -26,8 +26,8 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 BUILD = test -n "$(BUILDER)" || { echo "needs docker (with buildx), podman or buildah" >&2; exit 1; }; \
   $(BUILDER) build $(BUILD_OPTIONS) --build-arg PIP_FIND_LINKS="$${PIP_FIND_LINKS:-}" \
   --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD)
-LOCK = $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header \
-  --no-emit-index-url --no-emit-find-links $(ARGS)
+LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --no-header --python-version 3.11 \
+  --python-platform x86_64-unknown-linux-gnu $(ARGS)
 
 .PHONY: images image-cuda lock e2e help install serve test test-fast test-operator lint format proto operator-generate bench clean
 
@@ -104,14 +104,15 @@ images: ## Build the images alise/operator, alise/sidecar and alise/engine-cpu
 image-cuda: ## Build the image alise/engine, on vLLM's official one (some 20 GB)
 	$(BUILD) -t alise/engine:$(VERSION) -f engine/Dockerfile.cuda .
 
-lock: $(STAMP) ## Resolve what the images install, with Python 3.11 as they have; ARGS=--upgrade for newer
+lock: $(STAMP) ## Resolve anew what the images install; ARGS=--upgrade for newer versions
 	$(LOCK) --extra operator -o operator/requirements.txt pyproject.toml
 	$(LOCK) --extra sidecar -o scheduler_sidecar/requirements.txt pyproject.toml
 	@# Without torch, which the image takes from elsewhere, and what is not for serving text.
-	$(LOCK) --extra cpu --no-allow-unsafe $(addprefix --unsafe-package ,alise torch torchaudio torchcodec torchvision) \
-	  -o engine/requirements.txt pyproject.toml
-	printf '%s\n' grpcio protobuf sortedcontainers wordllama xxhash | \
-	  $(LOCK) --constraint engine/requirements.txt -o engine/requirements-cuda.txt -
+	$(LOCK) --extra cpu $(addprefix --no-emit-package ,torch torchaudio torchcodec torchvision triton) \
+	  --torch-backend cpu -o engine/requirements.txt pyproject.toml
+	@# No more than these: all else is as vLLM's image has it.
+	printf '%s\n' grpcio protobuf sortedcontainers toml wordllama xxhash | \
+	  $(LOCK) --no-deps --constraint engine/requirements.txt -o engine/requirements-cuda.txt -
 
 e2e: $(STAMP) ## Images, a kind cluster, the chart, and the tests in e2e/ (docs/e2e.md)
 	PYTHON=$(BIN)/python BUILDER=$(BUILDER) BUILD_OPTIONS="$(BUILD_OPTIONS)" e2e/run.sh $(ARGS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ parser.add_argument("--retries", type=int, default=0)
 parser.add_argument(
     "--burst",
     type=json.loads,
-    help="JSON list of [prompt, tokens]: all sent at once, and answers are as long as this says",
+    help="JSON list of [prompt, most tokens]: all sent at once, in this order",
 )
 arguments = parser.parse_args()
 client = OpenAI(base_url=arguments.url, api_key="none", max_retries=arguments.retries, timeout=300)
@@ -34,7 +35,7 @@ model = client.models.list().data[0].id
 start_s = time.monotonic()
 
 
-def ask(number: int, prompt: str, tokens: int, **more: object) -> None:
+def ask(number: int, prompt: str, tokens: int) -> None:
     """Ask for one streamed answer; times are seconds since this program's start."""
     result: dict[str, object] = {"number": number, "sent_s": time.monotonic() - start_s}
     try:
@@ -43,7 +44,6 @@ def ask(number: int, prompt: str, tokens: int, **more: object) -> None:
             messages=[{"role": "user", "content": prompt}],
             max_tokens=tokens,
             stream=True,
-            extra_body=more,
         )
         texts = []
         for chunk in stream:
@@ -54,7 +54,8 @@ def ask(number: int, prompt: str, tokens: int, **more: object) -> None:
     except Exception as error:  # a stream that breaks is not wrapped by the client
         result["error"] = f"{type(error).__name__}: {error}"
     result["done_s"] = time.monotonic() - start_s
-    print(json.dumps(result), flush=True)
+    sys.stdout.write(json.dumps(result) + "\n")  # at once: threads share the line
+    sys.stdout.flush()
 
 
 def chat(number: int) -> None:
@@ -74,7 +75,7 @@ def burst() -> None:
     """Ask for everything at once, in this order."""
     with ThreadPoolExecutor(len(arguments.burst)) as executor:
         for number, (prompt, tokens) in enumerate(arguments.burst):
-            executor.submit(ask, number, prompt, tokens, ignore_eos=True)
+            executor.submit(ask, number, prompt, tokens)
             time.sleep(_APART_S)
 
 

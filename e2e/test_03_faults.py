@@ -44,7 +44,9 @@ def test_a_sidecar_that_dies_costs_no_request_and_forgets_nothing(smol: str) -> 
     eventually(lambda: samples(smol) >= 3, "answers are samples", 60)
     before, (pod,) = samples(smol), pods(smol)
     count = restarts(smol, "predictor")
-    with load(smol, "--concurrency", "2") as results:
+    # The stock client's own default: while a container of it is away, Kubernetes counts the pod as
+    # not ready, and the Service has no other.
+    with load(smol, "--concurrency", "2", "--retries", "2") as results:
         in_pod(pod["metadata"]["name"], "predictor", _TERMINATE)
         eventually(lambda: restarts(smol, "predictor") > count, "the sidecar is restarted", 60)
         eventually(lambda: cluster.condition(smol, "PredictorReady")[0] == "True", "Ready", 60)
@@ -68,7 +70,7 @@ def test_an_engine_that_dies_is_told_of_and_comes_back(smol: str) -> None:
         assert cluster.status(smol)["lastFailure"]["container"] == "engine"
     # Only what streamed from the killed engine: the client can't know how to go on.
     assert len(failed(results)) <= 2, failed(results)
-    assert len(results) > 2
+    assert len(results) > len(failed(results))
 
 
 def test_an_operator_that_dies_is_not_missed(smol: str) -> None:
