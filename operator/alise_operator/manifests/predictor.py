@@ -30,14 +30,15 @@ _SEED: Final = (
 def predictor_container(service: ServiceView) -> dict[str, Any]:
     """Return the sidecar.
 
-    It has neither a startup nor a readiness probe: the engine serves without it, so it must not
-    hold back the engine's start nor take the pod out of service.
+    It has neither a startup nor a readiness probe, and what runs is started again inside of the
+    container: the engine serves without it, so it must not hold back the engine's start nor take
+    the pod out of service, as a container that is down does.
     """
     wanted = service.spec.predictor
     return {
         "name": PREDICTOR,
         "restartPolicy": "Always",
-        "command": ["alise", "scheduler"],
+        "command": ["python3", "-m", "alise_scheduler.supervisor", "alise", "scheduler"],
         "args": [
             *("--listen", SOCKET, "--shared-dir", RUN_DIR, "--state-dir", STATE_DIR),
             *("--metrics-address", "0.0.0.0", "--metrics-port", str(METRICS_PORT)),  # noqa: S104
