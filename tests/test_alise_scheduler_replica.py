@@ -7,7 +7,7 @@ import math
 import pytest
 from alise_scheduler.cost_model import StepCost
 from alise_scheduler.replica import Hardware, SimulatedRequest, replay
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 COST = StepCost(0.05, 1e-3, 2e-3, 1e-6)
@@ -57,6 +57,11 @@ def test_a_request_that_fits_nowhere_is_refused_by_name() -> None:
         replay([SimulatedRequest(0.0, 10, 5), SimulatedRequest(0.0, 2500, 2500)], SMALL)
 
 
+# The second comes in the last step but one of the first, and is with it in the last.
+@example(
+    [SimulatedRequest(17.12, 134, 43), SimulatedRequest(19.54182, 1, 1)],
+    Hardware(StepCost(0.05, 0.001, 0.002, 1e-6), slots=2, kv_tokens=300, batched_tokens=45),
+)
 @settings(deadline=None)
 @given(requests_of, hardware_of)
 def test_many_steps_at_once_are_the_same_as_one_by_one(

@@ -301,7 +301,12 @@ class Replica:
             if job.ready_s > self.now_s:
                 until_s = min(until_s, job.ready_s)
         if until_s < math.inf:
-            steps = min(steps, max(math.ceil((until_s - self.now_s) / self.step_s()), 1))
+            # The fewest n with n first + growth n (n - 1) / 2 >= time: steps become longer.
+            time_s = max(until_s - self.now_s - self._stall_s, 0.0)
+            growth_s = self.hardware.step.context_s_per_token * len(self.running)
+            half = self.step_s() - growth_s / 2
+            n = 2 * time_s / (half + math.sqrt(half * half + 2 * growth_s * time_s))
+            steps = min(steps, max(math.ceil(n), 1))
         return steps
 
     def _is_current(self, end: int, number: int) -> bool:
