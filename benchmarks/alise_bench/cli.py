@@ -7,7 +7,7 @@ import shlex
 import signal
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from alise_bench import predictor_cli
+from alise_bench.command_line import default_model_folder, fail
 from alise_bench.errors import BenchError
 from alise_bench.settings import BenchSettings, Mode
 from alise_bench.systems import System
@@ -64,12 +65,7 @@ def _model(model: Path | None) -> Path:
         if not (model / "config.json").is_file():
             raise BenchError(f"--model {model}: a folder with a model (config.json) is needed")
         return model.resolve()
-    from alise_engine.default_model import DefaultModelMissingError, ensure_default_model
-
-    try:
-        return ensure_default_model().resolve()
-    except DefaultModelMissingError as error:
-        raise BenchError(str(error)) from error
+    return default_model_folder().resolve()
 
 
 @app.command()
@@ -153,7 +149,7 @@ def run(
         run_benchmark(settings, Progress(console))
         _report(out)
     except BenchError as error:
-        _fail(error)
+        fail(error)
     except KeyboardInterrupt:
         console.print(f"stopped; the same command goes on where this one was ({out})")
         raise typer.Exit(130) from None
@@ -173,7 +169,7 @@ def report(folder: Annotated[Path, typer.Argument(help="The --out of a benchmark
     try:
         _report(folder)
     except BenchError as error:
-        _fail(error)
+        fail(error)
 
 
 @app.command()
@@ -195,7 +191,7 @@ def scheduler(
             rows.append(row)
             console.print(f"slots {row.slots}, waiting {row.waiting}: done", style="dim")
     except BenchError as error:
-        _fail(error)
+        fail(error)
     console.print(_overhead_table(rows))
     if out is not None:
         out.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
@@ -227,8 +223,8 @@ def shadow(
             ]
             table.add_row(check.run, *cells)
     except BenchError as error:
-        _fail(error)
-    Console().print(table)
+        fail(error)
+    console.print(table)
 
 
 @app.command("kv-copies")
@@ -288,7 +284,7 @@ def kv_interference(
             rounds=rounds,
         )
     except BenchError as error:
-        _fail(error)
+        fail(error)
     table = Table(title=f"{steady_jobs} steady jobs, ms between tokens", title_justify="left")
     for name in ("steps", "number", "median", "mean", "p99"):
         table.add_column(name, justify="right")
@@ -351,7 +347,7 @@ def kv_quality(
                 f"{100 * row.top1_agreement:.2f}%",
             )
     except BenchError as error:
-        _fail(error)
+        fail(error)
     console.print(table)
     if out is not None:
         out.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
@@ -389,13 +385,6 @@ def _report(folder: Path) -> None:
     for table in terminal_tables(write_report(folder)):
         console.print(table)
     console.print(f"written: {folder}/report.json, {folder}/report.md and pictures beside them")
-
-
-def _fail(error: BenchError) -> NoReturn:
-    Console(stderr=True).print(
-        f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
-    )
-    raise typer.Exit(1)
 
 
 if __name__ == "__main__":

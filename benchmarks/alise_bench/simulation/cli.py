@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Final, NoReturn
+from typing import Annotated, Final
 
 import typer
 from alise_scheduler.replica import SimulatedRequest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from alise_bench.command_line import default_model_folder, fail
 from alise_bench.errors import BenchError
 from alise_bench.simulation.against import compare_with_runs
 from alise_bench.simulation.carried import load_carried
@@ -153,7 +154,7 @@ def simulate_command(
         console.print(systems_table(results))
         _save(out, {name: asdict(metrics) for name, metrics in results.items()})
     except BenchError as error:
-        _fail(error)
+        fail(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,7 @@ def _source(
     if trace is not None:
         return RequestSource((), load_trace_requests(trace), count, profile.hardware)
     assert dataset is not None
-    items = items_of_dataset(dataset, _model(model), profile.hardware)
+    items = items_of_dataset(dataset, model or default_model_folder(), profile.hardware)
     return RequestSource(items, (), count, profile.hardware)
 
 
@@ -185,7 +186,7 @@ def _saved(
         return None
     if dataset is None:
         raise BenchError("--predictor reads prompts and answers: pass --dataset too")
-    return SavedPredictor(state_dir, _model(model))
+    return SavedPredictor(state_dir, model or default_model_folder())
 
 
 def _carried(
@@ -205,17 +206,6 @@ def _systems(text: str) -> list[SimulatedSystem]:
     if unknown := [name for name in names if name not in SYSTEMS]:
         raise BenchError(f"--systems: no {unknown[0]!r}; allowed: {', '.join(SYSTEMS)}")
     return [SYSTEMS[name] for name in names]
-
-
-def _model(model: Path | None) -> Path:
-    if model is not None:
-        return model
-    from alise_engine.default_model import DefaultModelMissingError, ensure_default_model
-
-    try:
-        return ensure_default_model()
-    except DefaultModelMissingError as error:
-        raise BenchError(str(error)) from error
 
 
 def _run(
@@ -271,10 +261,3 @@ def _save(out: Path | None, report: dict[str, object]) -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def _fail(error: BenchError) -> NoReturn:
-    Console(stderr=True).print(
-        f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
-    )
-    raise typer.Exit(1)

@@ -17,6 +17,7 @@ from alise_scheduler.replica import Hardware
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
+from alise_bench.command_line import fail
 from alise_bench.errors import BenchError
 from alise_bench.simulation.profiles import Profile, TierSpeed, save_profile
 
@@ -63,8 +64,7 @@ def profile(
         )
         save_profile(measured, out)
     except (BenchError, OSError) as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(1) from error
+        fail(error)
     tier = "with" if measured.tier else "without (nothing was preempted and restored yet)"
     console.print(f"written: {out}, {tier} a KV tier; use: alise simulate --profile {out}")
 

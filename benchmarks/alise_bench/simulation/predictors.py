@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from alise_engine.token_table import TokenTableUnavailable, build_token_table
+from alise_scheduler.conversations import ConversationsError, build_table
 from alise_scheduler.lengths import QUANTILE_LEVELS, Quantiles
 from alise_scheduler.predictor import Outcome, Predictor, PredictorSettings, PromptInput
 from alise_scheduler.token_table import TokenTableError
@@ -100,9 +100,9 @@ class SavedPredictor:
         with TemporaryDirectory() as folder:
             table = Path(folder) / "table.npz"
             try:
-                build_token_table(model, table)
+                build_table(model, table)
                 self._predictor.load_token_table(table)
-            except (TokenTableUnavailable, TokenTableError) as error:
+            except (ConversationsError, TokenTableError) as error:
                 raise BenchError(f"--model {model}: {error}") from error
         self.model_version = self._predictor.model_version
         if self.model_version == 0:

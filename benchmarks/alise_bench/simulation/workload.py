@@ -106,17 +106,13 @@ def poisson_items(
     items: Sequence[Item], rate_per_s: float, count: int, seed: int
 ) -> tuple[RecordedRequest, ...]:
     """Return what `poisson_requests` does for the lengths of `items`, with their tokens."""
-    requests = poisson_requests(lengths_of(items), rate_per_s, count, seed)
-    drawn = _draw(len(items), count, seed)
+    arrivals = poisson_arrivals(rate_per_s, count, seed)
+    drawn = (items[index] for index in _draw(len(items), count, seed))
     return tuple(
         RecordedRequest(
-            request.arrival_s,
-            request.prompt_tokens,
-            request.output_tokens,
-            items[index].prompt_ids,
-            items[index].answer_ids,
+            arrival_s, len(item.prompt_ids), item.output_tokens, item.prompt_ids, item.answer_ids
         )
-        for request, index in zip(requests, drawn, strict=True)
+        for arrival_s, item in zip(arrivals, drawn, strict=True)
     )
 
 
