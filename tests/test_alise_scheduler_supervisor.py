@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from alise_scheduler.supervisor import RestartPauses
 from patience import eventually
 
 # Notes its process id, then does what it is told.
@@ -65,3 +66,9 @@ def test_refused_options_are_not_tried_again(tmp_path: Path) -> None:
     with supervised(notes, "fail", "2") as process:
         assert process.wait(20) == 2
         assert len(started(notes)) == 1
+
+
+def test_pauses_grow_to_half_a_minute_and_begin_again_after_a_good_run() -> None:
+    pauses = RestartPauses()
+    assert [pauses.after(0.1) for _ in range(8)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
+    assert [pauses.after(31.0), pauses.after(0.1)] == [0.5, 1.0]

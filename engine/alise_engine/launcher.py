@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from alise_scheduler.supervisor import RestartPauses
+
 from alise_engine.kv_tier.layout import Quantization
 from alise_engine.processes import spawn, stop
 from alise_engine.progress import StartDisplay
@@ -29,8 +31,6 @@ logger = logging.getLogger("alise.serve")
 SCHEDULER_CLASS = "alise_engine.scheduler.AliseScheduler"
 SIDECAR_READY_S = 20.0
 _POLL_S = 0.2
-_FIRST_RESTART_S = 0.5
-_LAST_RESTART_S = 30.0
 _STOP_GRACE_S = 15.0
 _SIDECAR_STOP_S = 10.0
 
@@ -57,7 +57,7 @@ class _Sidecar:
 
     command: Sequence[str]
     process: subprocess.Popen[bytes]
-    pause_s: float = _FIRST_RESTART_S
+    pauses: RestartPauses = field(default_factory=RestartPauses)
     started_s: float = field(default_factory=time.monotonic)
     restart_at_s: float | None = None
 
@@ -69,16 +69,14 @@ class _Sidecar:
                 self.process, self.started_s = spawn(self.command, os.environ), now_s
                 self.restart_at_s = None
         elif (status := self.process.poll()) is not None:
-            if now_s - self.started_s > _LAST_RESTART_S:
-                self.pause_s = _FIRST_RESTART_S
+            pause_s = self.pauses.after(now_s - self.started_s)
             logger.warning(
                 "The scheduler sidecar ended (status %d); the engine goes on in order of arrival. "
                 "Restarting it in %.1f s",
                 status,
-                self.pause_s,
+                pause_s,
             )
-            self.restart_at_s = now_s + self.pause_s
-            self.pause_s = min(2 * self.pause_s, _LAST_RESTART_S)
+            self.restart_at_s = now_s + pause_s
 
 
 class Launcher:

@@ -15,16 +15,32 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Final
 
-FIRST_PAUSE_S: Final = 0.5
+_FIRST_PAUSE_S: Final = 0.5
 _LAST_PAUSE_S: Final = 30.0
 _STABLE_S: Final = 30.0
-"""A command that ran this long is started again after the first pause."""
 _USAGE_ERROR: Final = 2
 
 _log = logging.getLogger("alise.supervisor")
+
+
+@dataclass(slots=True)
+class RestartPauses:
+    """How long to wait before a process that has ended is started again: twice as long each time.
+
+    One that ran for half a minute begins with the first pause again.
+    """
+
+    _pause_s: float = _FIRST_PAUSE_S
+
+    def after(self, ran_s: float) -> float:
+        """Return the pause, seconds, after the process ran for `ran_s`."""
+        pause_s = _FIRST_PAUSE_S if ran_s > _STABLE_S else self._pause_s
+        self._pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+        return pause_s
 
 
 def keep_running(command: Sequence[str]) -> int:
@@ -43,7 +59,7 @@ def keep_running(command: Sequence[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    pause_s = FIRST_PAUSE_S
+    pauses = RestartPauses()
     while True:
         started_s = time.monotonic()
         process = subprocess.Popen(command)
@@ -52,12 +68,10 @@ def keep_running(command: Sequence[str]) -> int:
         process.returncode = status = _wait_for(process.pid)
         if stopping.is_set() or status == _USAGE_ERROR:
             return status
-        if time.monotonic() - started_s > _STABLE_S:
-            pause_s = FIRST_PAUSE_S
+        pause_s = pauses.after(time.monotonic() - started_s)
         _log.warning("%s ended with status %d; again in %g s", command[0], status, pause_s)
         if stopping.wait(pause_s):
             return status
-        pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
 
 def _wait_for(pid: int) -> int:
