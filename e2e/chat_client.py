@@ -47,8 +47,9 @@ def ask(number: int, prompt: str, tokens: int) -> None:
         )
         texts = []
         for chunk in stream:
-            if chunk.choices and chunk.choices[0].delta.content:
+            if chunk.choices:  # the first has the role, and comes with the first token
                 result.setdefault("first_s", time.monotonic() - start_s)
+            if chunk.choices and chunk.choices[0].delta.content:
                 texts.append(chunk.choices[0].delta.content)
         result |= {"text": "".join(texts), "pieces": len(texts)}
     except Exception as error:  # a stream that breaks is not wrapped by the client

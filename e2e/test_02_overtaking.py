@@ -13,6 +13,7 @@ import pytest
 from cluster import chat, eventually, metric, patch, pods, sidecar_document
 
 _SLOTS = 16  # of the embedded model's default
+_LEAD_S = 1.0  # jobs that are admitted in one step have their first tokens together, in any order
 # Answers end by themselves: the predictor learns nothing of the length of one that was cut off.
 _LONG = ("Explain in one paragraph how a machine with {} wheels works.", 400)
 _SHORT = ("What comes after {}? Say the number only.", 400)
@@ -27,11 +28,12 @@ def burst(service: str, *kinds: tuple[str, int]) -> list[dict[str, Any]]:
 
 
 def overtakings(service: str) -> tuple[int, int]:
-    """Return in how many pairs a short one, which came later, began first; and of how many."""
+    """Return in how many pairs a short one, which came later, clearly began first; of how many."""
     long = burst(service, *[_LONG] * 2 * _SLOTS, *[_SHORT] * 8)
     waiting, short = long[_SLOTS : 2 * _SLOTS], long[2 * _SLOTS :]
     pairs = list(itertools.product(waiting, short))
-    return sum(late["first_s"] < early["first_s"] for early, late in pairs), len(pairs)
+    overtaken = [late["first_s"] < early["first_s"] - _LEAD_S for early, late in pairs]
+    return sum(overtaken), len(pairs)
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def trained(smol: str) -> str:
     def is_trained() -> bool:
         return metric(pod, "alise_model_version") >= 1
 
-    for _ in range(4):
+    for _ in range(6):  # 24 answers each, less those that are cut off; it takes some 64
         burst(smol, *[_LONG, _SHORT] * 12)
         if is_trained():
             break
@@ -53,7 +55,7 @@ def trained(smol: str) -> str:
     return smol
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_short_ones_overtake_with_predictions_and_not_with_fcfs(trained: str) -> None:
     (pod,) = pods(trained)
     boosts, predictions = "alise_boost_seconds_count", 'alise_predictions_total{result="quantiles"}'

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from operator_cluster import (
+    ROOT,
     SERVICES,
     ApiServer,
     Cluster,
@@ -173,6 +174,28 @@ def test_watches_that_break_are_resumed(
         service.patch(replicas=4)
         proxy.faults = lambda _: None
         eventually(lambda: service.child("deployments")["spec"]["replicas"] == 4)
+
+
+def test_an_optional_api_that_goes_away_under_its_watch_breaks_nothing(
+    crd: Cluster, operator_kubeconfig: Path, tmp_path: Path, namespace: str
+) -> None:
+    crd.install_crd(ROOT / "tests" / "crds" / "podmonitors.yaml")
+    try:
+        with proxied(crd, operator_kubeconfig, tmp_path) as (proxy, operator):
+            service = make(crd, namespace, "bereft")
+            eventually(lambda: is_complete(service))
+            proxy.faults = lambda r: Fault(status=404) if r.resource == "podmonitors" else None
+            proxy.cut()
+            eventually(lambda: "the watches broke, and are started again" in operator.log)
+            proxy.faults = lambda _: None
+            service.patch(replicas=3)
+            eventually(lambda: service.child("deployments")["spec"]["replicas"] == 3)
+            crd.delete(f"api/v1/namespaces/{namespace}/services/bereft")
+            eventually(lambda: service.child("services", None, "api/v1") is not None)
+            assert operator.get("healthz").status_code == 200
+            assert operator.stop() == 0
+    finally:
+        crd.remove_crd("podmonitors.monitoring.coreos.com")
 
 
 def test_an_api_server_that_restarts_is_waited_for(

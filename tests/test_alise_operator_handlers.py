@@ -26,7 +26,7 @@ def registered() -> tuple[Any, Store, WorkQueue[Key]]:
 
     registry, store = kopf.OperatorRegistry(), Store()
     queue: WorkQueue[Key] = WorkQueue(work, lambda *_: None)
-    register(registry, store, queue)
+    register(registry, store, queue, asyncio.Event())
     return registry, store, queue
 
 

@@ -11,13 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alise_scheduler.cost_model import ServiceRates
+from alise_scheduler.cost_model import ServiceRates, StepCost
+from alise_scheduler.estimates import Pricing
+from alise_scheduler.policy import Policy, PolicyParameters
 from alise_scheduler.queue_view import JobFacts, Pace, overtakers, rows, short_id
-from alise_scheduler.status import Query, QueryError
+from alise_scheduler.status import (
+    EngineFacts,
+    Facts,
+    PredictorFacts,
+    Query,
+    QueryError,
+    Status,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from patience import eventually
-from scheduler_fakes import FakePredictor, finished, progress
+from scheduler_fakes import FakePredictor, finished, progress, prompt_input
 from status_harness import MadeUpEngine, sidecar_page
 
 PACE = Pace(now_s=100.0, slots=2, rates=ServiceRates(0.0, 0.1), mean_service_s=5.0)
@@ -63,6 +72,21 @@ def test_a_job_without_an_estimate_counts_as_a_mean_one_or_nothing_is_said() -> 
     assert rows(jobs, [], PACE)[1].ewt_s == 5.0
     unknown = Pace(100.0, 2, PACE.rates, None)
     assert [row.ewt_s for row in rows(jobs, [], unknown)] == [None, None]
+
+
+@pytest.mark.parametrize(("first_tokens", "wait_s"), [(0, 5.0), (16, 3.0)])
+def test_a_long_job_waits_for_the_queue_unless_first_tokens_come_early(
+    first_tokens: int, wait_s: float
+) -> None:
+    pace = Pace(now_s=100.0, slots=1, rates=PACE.rates, mean_service_s=5.0)
+    pricing = Pricing(Policy.BOOST, PolicyParameters(), pace.rates, first_tokens)
+    jobs = [facts("runs", 0.0, 0.0, "running", left=30.0), facts("waits", 60.0, 50.0, left=20.0)]
+    engine = EngineFacts("engine", "model", True, pace, pricing, StepCost(), jobs, ())
+    predictor = PredictorFacts(1, 0.0, 64, FakePredictor().quality())
+    status = Status.of(Facts("1", "boost", [engine], predictor, 0, 0))
+    times = status.times_of(prompt_input(), (1000.0,) * 5)
+    assert times is not None
+    assert times.wait_s == pytest.approx(wait_s)
 
 
 @given(

@@ -131,7 +131,8 @@ def run(
         discovery_s=discovery_s,
         audit_s=audit_s,
     )
-    asyncio.run(run_operator(settings))
+    # Not `asyncio.run`, which waits for all tasks: kopf's of watches that broke may never end.
+    asyncio.new_event_loop().run_until_complete(run_operator(settings))
 
 
 @app.command()

@@ -7,6 +7,7 @@ that the user did not ask for.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final
 
 import kopf
@@ -21,13 +22,25 @@ _CONNECT_TIMEOUT_S: Final = 10.0
 _REQUEST_TIMEOUT_S: Final = 30.0
 
 
-def register(registry: kopf.OperatorRegistry, store: Store, queue: WorkQueue[Key]) -> None:
-    """Register the watches of services, children and pods, and how kopf finds the cluster."""
+def register(
+    registry: kopf.OperatorRegistry,
+    store: Store,
+    queue: WorkQueue[Key],
+    is_ending: asyncio.Event,
+) -> None:
+    """Register the watches of services, children and pods, and how kopf finds the cluster.
+
+    `is_ending` is set when kopf ends, of itself or because one of its watches broke.
+    """
 
     @kopf.on.login(registry=registry)
     async def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
         # In the order in which lightkube looks.
         return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+
+    @kopf.on.cleanup(registry=registry)
+    async def note_the_end(**_: Any) -> None:
+        is_ending.set()
 
     for kind in (ALISE_SERVICE, POD, *KINDS):
         _watch(registry, kind, store, queue)

@@ -22,7 +22,7 @@ from alise_operator.optional_apis import OptionalApis
 from alise_operator.reconcile import Reconciler
 from alise_operator.settings import Settings
 from alise_operator.store import Key, Store
-from alise_operator.watching import watch_until_stopped
+from alise_operator.watching import Course, watch_until_stopped
 from alise_operator.work_queue import RetryLaterError, WorkQueue
 
 _log = logging.getLogger(__name__)
@@ -88,16 +88,16 @@ class Operator:
         finally:
             await self._finish()
 
-    async def _watch(self, has_begun: asyncio.Event, stop: asyncio.Event) -> None:
+    async def _watch(self, course: Course) -> None:
         registry, settings = kopf.OperatorRegistry(), kopf.OperatorSettings()
         is_cluster_wide = not self.settings.namespaces
         configure(settings, is_cluster_wide=is_cluster_wide)
-        register(registry, self.store, self.queue)
+        register(registry, self.store, self.queue, course.is_ending)
         await kopf.operator(
             registry=registry,
             settings=settings,
-            ready_flag=has_begun,
-            stop_flag=stop,
+            ready_flag=course.has_begun,
+            stop_flag=course.stop,
             clusterwide=is_cluster_wide,
             namespaces=self.settings.namespaces,
             standalone=self.settings.peering is None,

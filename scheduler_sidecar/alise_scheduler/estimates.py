@@ -88,12 +88,10 @@ def estimate(job: Job, pricing: Pricing) -> Estimate | None:
         attained_s=(prefill_s if job.output_tokens else 0.0) + job.output_tokens * per_token_s,
         prefill_s=prefill_s,
     )
-    value = priority(pricing.policy, view, pricing.parameters)
+    value = place(view, job.output_tokens, pricing)
     expected_tokens = mean(left_tokens) if left_tokens else 0.0
     early_tokens = pricing.first_tokens - job.output_tokens
     if early_tokens > 0:
-        # All that it asks for now are its first tokens; then it is estimated as it is.
-        value = first_tokens_priority(job.arrival_s, pricing.parameters)
         expected_tokens = min(expected_tokens, early_tokens) if left_tokens else early_tokens
     return Estimate(
         job_id=job.job_id,
@@ -102,6 +100,14 @@ def estimate(job: Job, pricing: Pricing) -> Estimate | None:
         at_output_tokens=job.output_tokens,
         boost_s=job.arrival_s - value,
     )
+
+
+def place(view: JobView, output_tokens: int, pricing: Pricing) -> float:
+    """Return the priority of a job with so many tokens of its answer out."""
+    if output_tokens < pricing.first_tokens:
+        # All that it asks for now are its first tokens; then it is placed as what it is.
+        return first_tokens_priority(view.arrival_s, pricing.parameters)
+    return priority(pricing.policy, view, pricing.parameters)
 
 
 def by_arrival(job: Job) -> Estimate:
