@@ -208,10 +208,12 @@ class Predictor:
         self, fitted: tuple[Models, Trained] | None, request: TrainRequest, fingerprint: str
     ) -> bool:
         with self._lock:
+            if fingerprint != self._fingerprint:
+                return False  # its counts are of jobs of another served model
             trained = fitted[1] if fitted else self._trained
             self._next_training = request.seen + self._pause(request.seen, trained)
             self._next_drift_training = request.seen + self._settings.retrain_after
-            if fitted is None or fingerprint != self._fingerprint:
+            if fitted is None:
                 return False
             self._models, self._trained = fitted
             self._window.forget_drift()
@@ -255,6 +257,7 @@ class Predictor:
             self._models, self._trained = fitted or (None, UNTRAINED)
             self._seen = max(len(samples), self._trained.samples_seen)
             self._window = QualityWindow(self._settings.quality_window)
+            self._next_drift_training = 0
             learned = self._trained.samples_seen
             self._next_training = max(
                 self._settings.min_samples, learned + self._pause(learned, self._trained)
