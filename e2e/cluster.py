@@ -176,11 +176,15 @@ def _serves(pod: dict[str, Any]) -> bool:
 
 
 def metric(pod: dict[str, Any], name: str, port: int = 9464) -> float:
-    """Return a metric of a pod, asked from another pod: the sum over the labels not in `name`."""
+    """Return a metric of a pod, asked from another pod: the sum over the labels not in `name`.
+
+    0 for labels that have not come up yet.
+    """
     lines = _page(pod, "/metrics", port).splitlines()
-    values = [float(each.rpartition(" ")[2]) for each in lines if each.startswith(_starts(name))]
-    assert values, f"{pod['metadata']['name']}:{port} has no metric {name}"
-    return sum(values)
+    family = name.partition("{")[0]
+    found = [each for each in lines if each.startswith(_starts(family))]
+    assert found, f"{pod['metadata']['name']}:{port} has no metric {family}"
+    return sum(float(each.rpartition(" ")[2]) for each in found if each.startswith(_starts(name)))
 
 
 def _starts(name: str) -> tuple[str, str]:
