@@ -85,6 +85,40 @@ def finish(engine: TierEngine, request: Request) -> None:
     engine.step({request.request_id})
 
 
+def test_a_job_in_the_batch_in_flight_is_preempted_stored_and_restored(make: Make) -> None:
+    engine, client = make(slots=1, batches_in_flight=2)
+    restored = counted(tier_metrics.RESTORED_TOKENS)
+    long, short = preempt_one(engine, client)
+    held = engine.tier.held_tokens(long)
+    assert held == long.num_tokens - 1, "all but the token of the batch in flight"
+    assert short.status == RequestStatus.RUNNING
+    evict_prefix_cache(engine)
+    finish(engine, short)
+    for _ in range(6):
+        engine.step()
+    assert long.status == RequestStatus.RUNNING
+    assert counted(tier_metrics.RESTORED_TOKENS) - restored == held
+
+
+def test_blocks_that_a_batch_in_flight_still_writes_are_counted_once(make: Make) -> None:
+    # Two slots, but blocks for little more than one long job: the short one waits for blocks.
+    engine, client = make(slots=3, blocks=41, batches_in_flight=2)
+    preempted = counted(metrics.PREEMPTIONS)
+    jobs = add(engine, 2, prompt_tokens=300)
+    for _ in range(5):
+        engine.step()
+    for number, job in enumerate(jobs):
+        rank(client, job, 1000.0 + number, 900)
+    (short,) = add(engine, prompt_tokens=100)
+    rank(client, short, 0.0, 10)
+    for _ in range(3):
+        engine.step()
+    assert short.status == RequestStatus.RUNNING
+    assert [job.status for job in jobs] == [RequestStatus.RUNNING, RequestStatus.PREEMPTED]
+    engine.scheduler._report(client)
+    assert counted(metrics.PREEMPTIONS) == preempted + 1
+
+
 @pytest.mark.parametrize("quantization", Quantization)
 def test_a_preempted_job_comes_back_without_being_computed_again(
     make: Make, quantization: Quantization

@@ -285,6 +285,9 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
     def _room(self, now_s: float) -> Room:
         pool = self.kv_cache_manager.block_pool
         blocks = pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
+        # Freed ones that a batch in flight may still write come with its end: the candidate gets
+        # them in the next step, and nobody else is preempted meanwhile.
+        blocks += sum(len(freed) for _, freed in self.deferred_frees)
         if now_s < self._no_block_preemption_until_s:
             blocks = pool.num_gpu_blocks
         return Room(slots=self._free_slots(), blocks=blocks, frees_s=self._frees_s())
@@ -330,9 +333,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         )
 
     def _is_preemptible(self, request: Request) -> bool:
-        return bool(
-            request.status == RequestStatus.RUNNING and self._request_blocks_can_be_freed(request)
-        )
+        return bool(request.status == RequestStatus.RUNNING)
 
     # Events out.
 
