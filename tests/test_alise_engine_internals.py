@@ -99,6 +99,7 @@ def test_signature(function: object, parameters: list[str]) -> None:
         "scheduler_reserve_full_isl",
         "_inflight_prefills",
         "deferred_frees",
+        "lora_config",
     ],
 )
 def test_scheduler_attribute(name: str, tmp_path: object) -> None:

@@ -305,9 +305,15 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         return self._jobs[request.request_id].is_ranked and self._is_preemptible(request)
 
     def _waiting_jobs(self) -> Iterator[WaitingJob]:
+        adapters = {r.lora_request.lora_int_id for r in self.running if r.lora_request}
         for request in self.waiting:
             if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
                 continue
+            if request.lora_request is not None:
+                adapter = request.lora_request.lora_int_id
+                if adapter not in adapters and len(adapters) >= self.lora_config.max_loras:
+                    continue  # vLLM passes over it, too
+                adapters.add(adapter)
             record = self._jobs[request.request_id]
             yield WaitingJob(
                 job_id=request.request_id,
