@@ -12,7 +12,7 @@ from alise_engine import scheduler as plugin
 from alise_engine.client import Estimate
 from alise_engine.events import Arrived, Finished, Snapshot
 from alise_engine.scheduler import AliseScheduler
-from alise_scheduler.events import Preempted
+from alise_scheduler.events import Preempted, StepTiming
 from alise_scheduler.v1 import scheduler_pb2 as pb
 from fakes import FakeClient
 from vllm.config import LoRAConfig
@@ -181,6 +181,20 @@ def test_a_new_stream_gets_all_live_jobs_and_then_events(make: Any) -> None:
     assert list(progress.new_token_ids) == [7, 7]
     (late,) = add(scheduler, 1)
     assert [event.job_id for event in client.of_type(Arrived)] == [late.request_id]
+
+
+def test_a_job_with_drafts_to_verify_is_decoding(make: Any) -> None:
+    scheduler, client = make()
+    driver = Driver(scheduler)
+    (job,) = add(scheduler, 1, prompt_tokens=30)
+    driver.step()
+    job.spec_token_ids = [7, 7]
+    output = driver.step()
+    assert output.num_scheduled_tokens == {job.request_id: 3}
+    driver.step()
+    scheduler._report(client)
+    steps = client.of_type(StepTiming)
+    assert [(s.prefill_tokens, s.decode_jobs) for s in steps] == [(30, 0), (0, 1)]
 
 
 @pytest.mark.parametrize(

@@ -387,8 +387,11 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         scheduled = output.num_scheduled_tokens
         if not scheduled or len(self._steps) >= _STEPS_PER_REPORT:
             return
-        decode_jobs = sum(1 for tokens in scheduled.values() if tokens == 1)
-        prefill_tokens = output.total_num_scheduled_tokens - decode_jobs
+        # With drafts to verify, a decoding job has more than one token.
+        drafts = output.scheduled_spec_decode_tokens
+        decoding = [n for job_id, n in scheduled.items() if n == 1 or job_id in drafts]
+        decode_jobs = len(decoding)
+        prefill_tokens = output.total_num_scheduled_tokens - sum(decoding)
         context = sum(self.requests[job_id].num_computed_tokens for job_id in scheduled)
         self._open_step = (now_s, prefill_tokens, decode_jobs, context)
 
