@@ -239,6 +239,32 @@ def test_slow_copies_leave_a_job_to_be_computed_again(make: Make) -> None:
     assert engine.tier.held_tokens(long) == 0
 
 
+def test_copies_that_are_believed_too_slow_are_measured_again(make: Make) -> None:
+    engine, client = make(slots=1)
+    costs = engine.tier.costs()
+    # So slow that out and in takes three times as long as computing.
+    for direction in ("store", "load"):
+        is_s = getattr(costs, f"{direction}_s_per_token")
+        engine.tier._bytes_per_s[direction] *= is_s / (1.5 * client.costs.prefill_s_per_token)
+    believed = engine.tier._bytes_per_s["load"]
+    long, short = preempt_one(engine, client, steps=5)
+    preemptions = 1
+    while not engine.tier.held_tokens(long) and preemptions < 40:
+        ids = [long.request_id, short.request_id]
+        engine.scheduler.finish_requests(ids, RequestStatus.FINISHED_ABORTED)
+        engine.settle()
+        long, short = preempt_one(engine, client, steps=5)
+        preemptions += 1
+    assert 17 <= preemptions <= 18
+    finish(engine, short)
+    evict_prefix_cache(engine)
+    for _ in range(4):
+        engine.step()
+    assert long.request_id in engine.restored_jobs
+    assert engine.tier._bytes_per_s["load"] > 10 * believed
+    assert engine.tier._refusals == 0
+
+
 def test_damage_in_host_memory_is_computed_again(make: Make) -> None:
     engine, client = make(slots=1)
     failed = counted(tier_metrics.CHECKSUM_FAILURES)
