@@ -190,8 +190,11 @@ def serve(
             raise typer.BadParameter(
                 f"{name} is set by `alise serve`; use `vllm serve` for another"
             )
-    if not has_option(vllm_arguments, "--shutdown-timeout"):
+    own_drain_s = option_value(vllm_arguments, "--shutdown-timeout")
+    if own_drain_s is None:
         vllm_arguments += ["--shutdown-timeout", str(drain_s)]
+    elif own_drain_s.isdigit():  # vLLM says what is wrong with another
+        drain_s = int(own_drain_s)
     if not has_option(vllm_arguments, "--scheduling-policy"):
         # A request's own `priority` then means a class above our order; all 0 without one.
         vllm_arguments += ["--scheduling-policy", "priority"]
