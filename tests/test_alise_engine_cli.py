@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from alise_engine import cli
 from alise_engine.launcher import ServePlan
@@ -46,3 +48,9 @@ def test_launcher_and_vllm_drain_for_the_same_time(
     plan = plan_of(plans, *options)
     assert plan.drain_s == drain_s
     assert option_value(plan.engine_command, "--shutdown-timeout") == str(drain_s)
+
+
+def test_requests_are_turned_away_before_anything_else_sees_them(plans: list[ServePlan]) -> None:
+    command = plan_of(plans, "--middleware", "the.users", "--alise-estimate-headers").engine_command
+    given = [value for name, value in pairwise(command) if name == "--middleware"]
+    assert given == ["the.users", cli.ESTIMATE_HEADERS, cli.DRAINING]

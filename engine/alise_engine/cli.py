@@ -38,6 +38,7 @@ _DEFAULT_MODEL_OPTIONS = {
     "--max-num-seqs": ["16"],
 }
 ESTIMATE_HEADERS = "alise_engine.estimate_headers.EstimateHeaders"
+DRAINING = "alise_engine.draining.Draining"
 _RESERVED = ("--scheduler-cls",)
 
 logger = logging.getLogger("alise.serve")
@@ -159,7 +160,7 @@ def serve(
             "--alise-drain-s",
             envvar="ALISE_DRAIN_S",
             min=0,
-            help="After SIGTERM, answers in progress get this long to end.",
+            help="After SIGTERM, answers in progress get this long to end; new requests get 503.",
         ),
     ] = 30,
     estimate_headers: Annotated[
@@ -200,6 +201,7 @@ def serve(
         vllm_arguments += ["--scheduling-policy", "priority"]
     if estimate_headers:
         vllm_arguments += ["--middleware", ESTIMATE_HEADERS]
+    vllm_arguments += ["--middleware", DRAINING]  # the last one is asked first
     vllm_arguments += _kv_tier_arguments(vllm_arguments, kv_host_gib, kv_quantization)
     with tempfile.TemporaryDirectory(prefix="alise-") as temporary:
         run_dir = shared_dir or Path(temporary)
