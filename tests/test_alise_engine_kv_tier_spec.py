@@ -130,6 +130,7 @@ def test_a_draft_models_layers_are_judged_alike_by_scheduler_and_workers(
 ) -> None:
     config = build_scheduler(AsyncScheduler, tmp_path).vllm_config
     config.cache_config.num_gpu_blocks_override = 300
+    config.cache_config.kv_cache_layout = "LBHNC"
     layers = {"layer 0": FULL, "layer 1": FULL, "draft layer 0": draft}
     (of_worker,) = get_kv_cache_configs(config, [layers], [1 << 30])
     of_scheduler = generate_scheduler_kv_cache_config([of_worker])
