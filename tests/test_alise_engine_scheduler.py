@@ -185,6 +185,7 @@ def test_a_new_stream_gets_all_live_jobs_and_then_events(make: Any) -> None:
 
 def test_a_job_with_drafts_to_verify_is_decoding(make: Any) -> None:
     scheduler, client = make()
+    scheduler.num_spec_tokens = 2
     driver = Driver(scheduler)
     (job,) = add(scheduler, 1, prompt_tokens=30)
     driver.step()
