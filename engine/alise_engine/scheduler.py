@@ -285,6 +285,9 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
     def _room(self, now_s: float) -> Room:
         pool = self.kv_cache_manager.block_pool
         blocks = pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
+        # Freed ones that a batch in flight may still write come with its end: the candidate gets
+        # them in the next step, and nobody else is preempted meanwhile.
+        blocks += sum(len(freed) for _, freed in self.deferred_frees)
         if now_s < self._no_block_preemption_until_s:
             blocks = pool.num_gpu_blocks
         return Room(slots=self._free_slots(), blocks=blocks, frees_s=self._frees_s())
@@ -302,9 +305,15 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         return self._jobs[request.request_id].is_ranked and self._is_preemptible(request)
 
     def _waiting_jobs(self) -> Iterator[WaitingJob]:
+        adapters = {r.lora_request.lora_int_id for r in self.running if r.lora_request}
         for request in self.waiting:
             if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
                 continue
+            if request.lora_request is not None:
+                adapter = request.lora_request.lora_int_id
+                if adapter not in adapters and len(adapters) >= self.lora_config.max_loras:
+                    continue  # vLLM passes over it, too
+                adapters.add(adapter)
             record = self._jobs[request.request_id]
             yield WaitingJob(
                 job_id=request.request_id,
@@ -330,9 +339,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         )
 
     def _is_preemptible(self, request: Request) -> bool:
-        return bool(
-            request.status == RequestStatus.RUNNING and self._request_blocks_can_be_freed(request)
-        )
+        return bool(request.status == RequestStatus.RUNNING)
 
     # Events out.
 
@@ -380,8 +387,11 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         scheduled = output.num_scheduled_tokens
         if not scheduled or len(self._steps) >= _STEPS_PER_REPORT:
             return
-        decode_jobs = sum(1 for tokens in scheduled.values() if tokens == 1)
-        prefill_tokens = output.total_num_scheduled_tokens - decode_jobs
+        # With drafts to verify, a decoding job has more than one token.
+        drafts = output.scheduled_spec_decode_tokens
+        decoding = [n for job_id, n in scheduled.items() if n == 1 or job_id in drafts]
+        decode_jobs = len(decoding)
+        prefill_tokens = output.total_num_scheduled_tokens - sum(decoding)
         context = sum(self.requests[job_id].num_computed_tokens for job_id in scheduled)
         self._open_step = (now_s, prefill_tokens, decode_jobs, context)
 
