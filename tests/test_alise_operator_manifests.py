@@ -256,7 +256,24 @@ def test_a_cpu_service_asks_for_no_accelerator() -> None:
     engine = pod_template(service)["spec"]["containers"][0]
     assert engine["image"] == "alise/engine-cpu:1"
     assert "nvidia.com/gpu" not in engine["resources"]["limits"]
-    assert "--gpu-memory-utilization" not in engine["args"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "share"),
+    [
+        ({}, 12.4 / 23),  # 90% of 16 less 2; the limit also has 2 of /dev/shm and 5 of the tier
+        ({"gpuMemoryUtilizationPercent": 50}, 6 / 23),
+        ({"resources": {"cpu": "4", "memoryGiB": 64}, "shmGiB": 8}, 55.6 / 77),
+        ({"resources": {"cpu": "4", "memoryGiB": 1}}, 0.001),  # vLLM says that it is too little
+    ],
+    ids=["default", "half", "large", "too-little"],
+)
+def test_on_the_cpu_vllm_takes_a_share_of_the_engines_own_memory(
+    fields: dict[str, Any], share: float
+) -> None:
+    engine = engine_of(engine={"accelerator": {"count": 0}, **fields})
+    found = engine["args"][engine["args"].index("--gpu-memory-utilization") + 1]
+    assert float(found) == pytest.approx(share, abs=0.0006)
 
 
 def test_secrets_are_passed_by_reference() -> None:
