@@ -40,7 +40,7 @@ class LastFailure(ApiModel):
     message: Message = ""
     """Last line of its log, or what the cluster said."""
     time: Time | None = None
-    """When it happened."""
+    """When it happened, or was first seen."""
 
 
 class Condition(ApiModel):

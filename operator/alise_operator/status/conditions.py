@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -12,6 +12,7 @@ from alise_operator.manifests.kinds import LWS
 from alise_operator.manifests.predictor import PREDICTOR
 from alise_operator.status.failures import Failure, failures_of
 from alise_operator.status.observation import Observation
+from alise_operator.status.pods import present_pods
 
 SCALED_TO_ZERO: Final = "ScaledToZero"
 _MAX_MESSAGE: Final = 2048
@@ -37,6 +38,7 @@ def invalid_spec(message: str, seen: Observation) -> tuple[Verdict, ...]:
 
     How many replicas should serve is unknown then, so whether all do is as well.
     """
+    seen = replace(seen, pods=present_pods(seen.pods))
     failures = [failure for pod in seen.pods for failure in failures_of(pod)]
     predictor = [failure for failure in failures if failure.container == PREDICTOR]
     ready = f"{seen.workload.ready} replicas serve, as an earlier spec asked for"
@@ -52,6 +54,7 @@ def invalid_spec(message: str, seen: Observation) -> tuple[Verdict, ...]:
 
 def conditions(spec: ALISEServiceSpec, seen: Observation) -> tuple[Verdict, ...]:
     """Return all verdicts on a valid spec."""
+    seen = replace(seen, pods=present_pods(seen.pods))
     failures = [failure for pod in seen.pods for failure in failures_of(pod)]
     engine = [failure for failure in failures if failure.container != PREDICTOR]
     predictor = [failure for failure in failures if failure.container == PREDICTOR]
