@@ -11,7 +11,7 @@ from alise_operator.manifests.kinds import LWS, SCALED_OBJECT
 from alise_operator.status.failures import failures_of
 from alise_operator.status.observation import Observation, WorkloadState, workload_state
 from alise_operator.status.status import announcements, invalid_status, service_status
-from operator_fixtures import LOADING, RUNNING, pod, view, waiting
+from operator_fixtures import LOADING, ROOT, RUNNING, pod, view, waiting
 
 NOW, LATER = "2026-01-01T00:00:00Z", "2026-01-01T00:05:00Z"
 DOWN = WorkloadState(replicas=1, ready=0, updated=1, is_current=True)
@@ -201,6 +201,14 @@ def test_all_is_well() -> None:
     assert found["selector"] == "serving.alise.dev/service=qwen"
     fields = root_schema()["properties"]["status"]["properties"]
     assert found.keys() <= fields.keys()
+
+
+def test_a_predictor_whose_container_runs_is_not_said_to_answer() -> None:
+    good = pod(engine=RUNNING, predictor=RUNNING, ready=True)
+    told = message(status(Observation(1, UP, (good,))), "PredictorReady")
+    assert "whether it answers is told by the engine's metric" in told
+    metrics = (ROOT / "docs" / "metrics.md").read_text()
+    assert f"`{told.rsplit(' ', 1)[1]}`" in metrics
 
 
 def test_a_dead_predictor_degrades_and_does_not_stop_the_service() -> None:

@@ -16,6 +16,10 @@ from alise_operator.status.pods import present_pods
 
 SCALED_TO_ZERO: Final = "ScaledToZero"
 _MAX_MESSAGE: Final = 2048
+_NOT_SEEN_FROM_OUTSIDE: Final = (
+    "their containers run; one that crashes is started again inside of its container, so whether it "
+    "answers is told by the engine's metric alise_engine_sidecar_connected"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +133,7 @@ def _predictor_ready(seen: Observation, failures: list[Failure]) -> Verdict:
     if not found:
         return _verdict("PredictorReady", None, "NoPods", "no pod has started a predictor yet")
     if all(state.is_running for state in found):
-        return _verdict("PredictorReady", True, "PredictorsRun")
+        return _verdict("PredictorReady", True, "PredictorsRun", _NOT_SEEN_FROM_OUTSIDE)
     return _verdict("PredictorReady", False, "PredictorStarting", "a predictor is being started")
 
 
