@@ -21,8 +21,8 @@ PREDICTOR: Final = "predictor"
 STATE_DIR: Final = "/var/lib/alise"
 POLICY_DIR: Final = "/etc/alise"
 _POLICY_FILE: Final = "policy.json"
-# Contents only: folder and times of a volume are root's, and not to be set by the sidecar's user. Each
-# file appears whole, and once: after a node's restart the sidecar's own file is newer than the seed.
+# Contents only: the volume's root is root's, so the sidecar's user may not set its mode or times.
+# Each file appears whole, and once: after a restart of the node the sidecar's own is newer.
 _SEED: Final = """\
 import pathlib, shutil, sys
 source, target = map(pathlib.Path, sys.argv[1:])

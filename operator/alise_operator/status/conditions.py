@@ -17,8 +17,8 @@ from alise_operator.status.pods import present_pods
 SCALED_TO_ZERO: Final = "ScaledToZero"
 _MAX_MESSAGE: Final = 2048
 _NOT_SEEN_FROM_OUTSIDE: Final = (
-    "their containers run; one that crashes is started again inside of its container, so whether it "
-    "answers is told by the engine's metric alise_engine_sidecar_connected"
+    "their containers run; one that crashes is started again inside of its container, so whether "
+    "it answers is told by the engine's metric alise_engine_sidecar_connected"
 )
 
 
