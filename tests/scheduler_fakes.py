@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -42,14 +43,20 @@ class FakePredictor:
         self.batches: list[int] = []
         self.observed: list[tuple[FakeTracked, Outcome]] = []
         self.tables: list[Path] = []
+        self.may_read = threading.Event()
+        self.may_read.set()
         self.is_failing = False
         self.failures = 0
         self.is_closed = False
 
-    def load_token_table(self, path: Path) -> None:
-        if not path.exists():
-            raise TokenTableError("no such file")
-        self.tables.append(path)
+    def read(self, path: Path) -> Path:
+        if path.read_text() == "bad":
+            raise TokenTableError("on purpose")
+        self.may_read.wait(10)
+        return path
+
+    def serve(self, model: Path) -> None:
+        self.tables.append(model)
 
     def track(self, prompt: PromptInput) -> FakeTracked:
         return FakeTracked(prompt)

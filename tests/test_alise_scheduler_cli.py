@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from alise_scheduler.cli import app
+from alise_scheduler.cli import app, scheduler
 from alise_scheduler.listen import (
     ListenError,
     TcpAddress,
@@ -24,8 +25,10 @@ from alise_scheduler.listen import (
     parse_address,
     prepare_socket,
 )
+from alise_scheduler.predictor import PredictorSettings
 from alise_scheduler.prompt_key import prompt_key
 from alise_scheduler.protocol import bounded_token_ids
+from alise_scheduler.training import MAX_TRAINING_JOBS
 from alise_scheduler.v1 import scheduler_pb2 as pb
 from alise_scheduler.v1 import scheduler_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -255,3 +258,8 @@ def test_long_prompts_travel_as_their_ends() -> None:
     assert bounded_token_ids(list(range(1024))) == list(range(1024))
     bounded = bounded_token_ids(list(range(5000)))
     assert bounded == [*range(512), *range(4488, 5000)]
+
+
+def test_as_many_samples_are_kept_as_a_training_takes() -> None:
+    kept = inspect.signature(scheduler).parameters["max_samples"].default
+    assert kept == PredictorSettings().max_samples == MAX_TRAINING_JOBS

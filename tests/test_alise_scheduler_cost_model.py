@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from alise_scheduler.cost_model import CostModel, ServiceRates, StepCost, fit
@@ -57,6 +58,16 @@ def test_rates_follow_the_present_load() -> None:
     assert model.is_fitted
     assert alone == pytest.approx(MACHINE.step_s(0, 1, 100), rel=0.1)
     assert model.rates().decode_s_per_token == pytest.approx(MACHINE.step_s(0, 16, 1600), rel=0.1)
+
+
+def test_with_drafts_a_step_is_shared_by_the_tokens_that_it_gives() -> None:
+    plain, drafting = CostModel(), CostModel()
+    for step in steps(512):
+        plain.observe(step)
+        drafting.observe(replace(step, decoded_tokens=3 * step.decode_jobs))
+    expected_s = plain.rates().decode_s_per_token / 3
+    assert drafting.rates().decode_s_per_token == pytest.approx(expected_s)
+    assert drafting.rates().prefill_s_per_token == plain.rates().prefill_s_per_token
 
 
 def test_execution_time_is_prefill_and_decode() -> None:

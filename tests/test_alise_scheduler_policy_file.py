@@ -122,13 +122,13 @@ def test_a_job_without_prediction_returns_to_its_place_by_arrival() -> None:
 
 def test_backlog_counts_jobs_without_a_slot() -> None:
     state, metrics = live_state(Policy.BOOST), Metrics()
-    metrics.show_engines([("e", state)], 1)
+    asyncio.run(metrics.show_engines([("e", state)], 1))
     waiting_s = metrics.registry.get_sample_value("alise_backlog_seconds")
     assert waiting_s == pytest.approx(
         state.pricing.rates.service_s(8, 100 * (0.5 + 0.7 + 1 + 1.4 + 2) / 5), rel=0.2
     )
     state.table.jobs["job-1"].is_running = True
-    metrics.show_engines([("e", state)], 1)
+    asyncio.run(metrics.show_engines([("e", state)], 1))
     assert metrics.registry.get_sample_value("alise_backlog_seconds") == 0
 
 

@@ -8,6 +8,9 @@ from alise_scheduler import predictor as predictor_module
 from alise_scheduler.evaluation import evaluate
 from alise_scheduler.predictor import Outcome, Predictor, PredictorSettings, TokenTableError
 from alise_scheduler.quality import tau_b
+from alise_scheduler.train_worker import TrainRequest
+from alise_scheduler.trainer import Trained
+from alise_scheduler.training import Models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from predictor_fixtures import (
@@ -196,6 +199,26 @@ def test_samples_of_another_served_model_do_not_mix(tmp_path: Path) -> None:
     again = Predictor(PredictorSettings(tmp_path / "state"))
     again.load_token_table(first)
     assert (again.model_version, again.sample_count) == (1, 150)
+
+
+def test_a_training_that_ends_under_another_served_model_changes_nothing_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = write_table(tmp_path / "a.npz"), write_table(tmp_path / "b.npz", seed=1)
+    predictor = taught(first, count=300)
+    real = predictor_module.train_here
+
+    def train_while_another_engine_connects(request: TrainRequest) -> tuple[Models, Trained] | None:
+        fitted = real(request)
+        predictor.load_token_table(second)
+        return fitted
+
+    monkeypatch.setattr(predictor_module, "train_here", train_while_another_engine_connects)
+    assert not predictor.train_if_due()
+    monkeypatch.setattr(predictor_module, "train_here", real)
+    for one in conversations(64):
+        finish(predictor, one)
+    assert predictor.train_if_due()
 
 
 def test_a_restarted_predictor_predicts_at_once_and_the_same(table: Path, tmp_path: Path) -> None:

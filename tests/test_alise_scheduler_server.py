@@ -342,13 +342,14 @@ def test_health_and_reflection(tmp_path: Path) -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize("name", ["missing.bin", "../outside", "..", "a/b"])
+@pytest.mark.parametrize("name", ["missing.bin", "../outside", "..", "a/b", "bad.bin"])
 def test_a_bad_token_table_is_only_a_warning(tmp_path: Path, name: str, caplog) -> None:
     async def scenario() -> None:
         predictor = FakePredictor()
         (tmp_path / "outside").write_text("x")
         shared = tmp_path / "shared"
         shared.mkdir()
+        (shared / "bad.bin").write_text("bad")
         async with (
             sidecar(tmp_path, predictor, shared_dir=shared) as target,
             engine(target, table=name) as stream,
@@ -371,6 +372,48 @@ def test_token_table_is_loaded_from_the_shared_folder(tmp_path: Path) -> None:
         ):
             pass
         assert predictor.tables == [tmp_path / "table.bin"]
+
+    run(scenario())
+
+
+def test_streams_go_on_while_another_engine_s_token_table_is_read(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        predictor = FakePredictor()
+        predictor.may_read.clear()
+        (tmp_path / "table.bin").write_text("x")
+        async with (
+            sidecar(tmp_path, predictor, shared_dir=tmp_path) as target,
+            engine(target, engine_id="one") as one,
+            grpc.aio.insecure_channel(target) as channel,
+        ):
+            two = EngineStream(channel)
+            await two.send(hello("two", table="table.bin"), snapshot())
+            await asyncio.sleep(0.1)
+            await one.send(arrived("a"))
+            await one.estimates("a")
+            assert predictor.tables == []
+            predictor.may_read.set()
+            assert (await two.read()).HasField("welcome")
+            assert predictor.tables == [tmp_path / "table.bin"]
+
+    run(scenario())
+
+
+def test_a_token_table_is_read_again_only_if_another_was_or_it_is_new(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        predictor = FakePredictor()
+        a, b = tmp_path / "a.bin", tmp_path / "b.bin"
+        a.write_text("x")
+        b.write_text("x")
+        async with sidecar(tmp_path, predictor, shared_dir=tmp_path) as target:
+            for name in ("a.bin", "a.bin", "b.bin", "a.bin"):
+                async with engine(target, table=name):
+                    pass
+            assert predictor.tables == [a, b, a]
+            os.utime(a, ns=(1, 1))
+            async with engine(target, table="a.bin"):
+                pass
+            assert predictor.tables == [a, b, a, a]
 
     run(scenario())
 

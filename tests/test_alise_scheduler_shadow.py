@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import random
 import urllib.request
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 import pytest
 from alise_scheduler.cost_model import StepCost
+from alise_scheduler.engine_state import Introduction
+from alise_scheduler.events import StepTiming
 from alise_scheduler.history import PastJob
 from alise_scheduler.replica import Hardware, SimulatedRequest, replay
 from alise_scheduler.shadow import MIN_JOBS, Pair, Shadow, ratios
+from alise_scheduler.shadow_runner import EngineShadow, Feed
 from alise_scheduler.v1 import scheduler_pb2 as pb
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,6 +108,18 @@ def test_ratios_are_over_the_same_jobs() -> None:
     assert found.mean_jct == pytest.approx((49 * 2 + 8) / 200)
     assert found.mean_normalized_latency == pytest.approx(found.mean_jct)
     assert 0.5 < found.p99_jct < 2
+
+
+def test_an_engine_that_verifies_drafts_has_no_shadow() -> None:
+    told = Introduction("m", slots=2, kv_tokens=4000)
+    step = StepTiming(0, 2, 100, 0.05)
+    ended = [past((float(second), 10, 5, 1.0)) for second in range(60)]
+    one = EngineShadow()
+    one.advance(Feed("e", ended, [step] * 128, 1e6, told))
+    assert len(one.shadow.pairs) == 60
+    one.advance(Feed("e", ended, [replace(step, decoded_tokens=5)], 1e6, told))
+    one.advance(Feed("e", ended, [step] * 128, 1e6, told))
+    assert not one.shadow.pairs
 
 
 def test_the_sidecar_says_what_fcfs_would_have_done(tmp_path: Path) -> None:

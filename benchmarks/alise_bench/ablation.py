@@ -7,13 +7,14 @@ weight in a model, so all the rest runs as it serves. Does not know how models u
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numpy as np
 from alise_scheduler.answer_features import ANSWER_LEXICAL, LINES
-from alise_scheduler.evaluation import Conversation, Report, evaluate
+from alise_scheduler.evaluation import Conversation, NoModelError, Report, evaluate
 from alise_scheduler.prompt_features import ASKED, LEXICAL, NUMERIC, PromptFeatures
 from alise_scheduler.token_table import DIMENSIONS
 from alise_scheduler.tracked_job import TrackedJob
@@ -73,15 +74,17 @@ def ablation(
     seeds: int,
     groups: Sequence[Group] = GROUPS,
     on_split: Callable[[], Any] = lambda: None,
-) -> Iterator[tuple[str, Report]]:
+) -> Iterator[tuple[str, Report | None]]:
     """Yield the figures with all groups, then without each in turn.
 
+    None: without it, a split gave no model, as none beat the mere distribution of the lengths.
+
     Raises:
-        ValueError: too few conversations to train on.
+        NoModelError: there is none with all groups.
     """
     yield "all", evaluate(conversations, table, TRAIN_SHARE, seeds, on_split)
     for group in groups:
-        yield (
-            group.name,
-            evaluate(conversations, table, TRAIN_SHARE, seeds, on_split, group.wipe),
-        )
+        report = None
+        with suppress(NoModelError):
+            report = evaluate(conversations, table, TRAIN_SHARE, seeds, on_split, group.wipe)
+        yield group.name, report

@@ -62,8 +62,11 @@ def ablation(file: _File, model: _Model, seeds: _Seeds = 3) -> None:
     full: list[float] = []
     with prepared(file, model) as (conversations, tokens):
         for name, report in figures_without(conversations, tokens, seeds):
-            taus = [report.tau_b, *report.tau_b_remaining.values()]
             _console.print(f"{name}: done", style="dim")
+            if report is None:
+                table.add_row(name, "no model")
+                continue
+            taus = [report.tau_b, *report.tau_b_remaining.values()]
             if not full:
                 full = taus
                 table.add_row("(nothing)", *(f"{tau:.3f}" for tau in taus))

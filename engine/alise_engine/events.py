@@ -84,6 +84,7 @@ def to_messages(event: EngineEvent) -> list[pb.Event]:
                 decode_jobs=event.decode_jobs,
                 context_tokens=event.context_tokens,
                 duration_s=event.duration_s,
+                decoded_tokens=event.decoded_tokens,
             )
         )
     ]

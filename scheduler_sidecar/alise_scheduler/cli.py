@@ -135,9 +135,9 @@ def scheduler(
         typer.Option(
             envvar="ALISE_MAX_SAMPLES",
             callback=_between(100, 1_000_000),
-            help="Finished jobs kept to learn from.",
+            help="Finished jobs kept to learn from; a training takes the newest 8,000.",
         ),
-    ] = 20_000,
+    ] = 8_000,
     grace_s: Annotated[
         float,
         typer.Option(

@@ -5,7 +5,8 @@ context tokens in all takes `base + p * prefill + j * decode + c * context` seco
 the present load follows a job's own time, T(s, n) = T_prefill(s) + T_decode(s, n), the form of
 Zhao and Wang, "ALISE" (ICCAD 2024, arXiv 2410.23537), with T_prefill ~ s * t0 and
 T_decode ~ n * (a * s + b); the context term a * s enters by the mean context of the batch, as a
-decoding job waits for the whole step.
+decoding job waits for the whole step. Where drafts are verified, a step's duration is shared by the
+tokens that it gives a job on average.
 """
 
 from __future__ import annotations
@@ -134,11 +135,17 @@ class CostModel:
             self.cost, self.is_fitted, self._unfitted = fit(self._steps, self.cost), True, 0
 
     def rates(self) -> ServiceRates:
-        """Return what a token costs at the load of the last steps (one job before any)."""
+        """Return what a token costs at the load of the last steps (one job before any).
+
+        With speculative decoding a step gives a job several tokens, which share its duration.
+        """
         count = len(self._load)
         jobs = sum(s.decode_jobs for s in self._load) / count if count else 1.0
         context = sum(s.context_tokens for s in self._load) / count if count else 0.0
+        tokens = (
+            sum(max(s.decoded_tokens, s.decode_jobs) for s in self._load) / count if count else 1.0
+        )
         return ServiceRates(
             max(self.cost.prefill_s_per_token, _LEAST_RATE_S),
-            max(self.cost.step_s(0, jobs, context), _LEAST_RATE_S),
+            max(self.cost.step_s(0, jobs, context) * jobs / tokens, _LEAST_RATE_S),
         )

@@ -32,6 +32,10 @@ _P90: Final = QUANTILE_LEVELS.index(0.9)
 _MIN_JOBS: Final = 10
 
 
+class NoModelError(ValueError):
+    """What there was to learn from gave no model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """A prompt and the answer it got."""
@@ -108,7 +112,7 @@ def evaluate(
     """Return the figures over `seeds` random splits; `change` is as for `trained_on`.
 
     Raises:
-        ValueError: too few conversations to train on.
+        NoModelError: too few conversations to train on, or no order to be learned from one split.
     """
     splits = []
     for seed in range(seeds):
@@ -116,7 +120,7 @@ def evaluate(
         cut = int(train_share * len(order))
         predictor = trained_on([conversations[i] for i in order[:cut]], table, change=change)
         if predictor.model_version == 0:
-            raise ValueError(f"{cut} conversations to train on gave no model")
+            raise NoModelError(f"{cut} conversations to train on gave no model")
         splits.append(_score(predictor, [conversations[i] for i in order[cut:]]))
         on_split()
     return Report(

@@ -75,6 +75,8 @@ class StepTiming:
     context_tokens: int
     """Sum over the jobs that decoded."""
     duration_s: float
+    decoded_tokens: int = 0
+    """With drafts: what the jobs that decoded got, in sum; 0: one token each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,16 @@ class PredictorSettings:
     quality_window: int = 500
 
 
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What is known of a served model before its jobs come."""
+
+    table: TokenTable | None
+    fingerprint: str
+    samples: Sequence[EncodedSample]
+    fitted: tuple[Models, Trained] | None
+
+
 class Predictor:
     """Predicts what remains of jobs, learns from those that finished."""
 
@@ -92,7 +102,7 @@ class Predictor:
         self.store = (
             SampleStore(settings.state_dir, settings.max_samples) if settings.state_dir else None
         )
-        self._adopt(None, _NO_TABLE)
+        self._adopt(self._kept_for(None))
 
     @property
     def model_version(self) -> int:
@@ -110,16 +120,27 @@ class Predictor:
         return len(self._samples)
 
     def load_token_table(self, path: Path) -> None:
-        """Use the token table at `path`, and the samples and model kept for it.
-
-        Jobs tracked before with another table get no further predictions.
+        """Read the token table at `path`, and predict for its model: `read` and `serve`.
 
         Raises:
             TokenTableError: no valid table; the predictor stays as it is.
         """
-        table = read_token_table(path)
-        if table.fingerprint != self._fingerprint:
-            self._adopt(table, table.fingerprint)
+        self.serve(self.read(path))
+
+    def read(self, path: Path) -> ServedModel:
+        """Return the token table at `path`, with the samples and models kept for it.
+
+        Takes seconds for a large vocabulary, and may be called from any thread.
+
+        Raises:
+            TokenTableError: no valid table.
+        """
+        return self._kept_for(read_token_table(path))
+
+    def serve(self, model: ServedModel) -> None:
+        """Predict for jobs of `model`; those tracked before with another get nothing further."""
+        if model.fingerprint != self._fingerprint:
+            self._adopt(model)
 
     def start(self) -> None:
         """Start the threads that train and write."""
@@ -208,10 +229,12 @@ class Predictor:
         self, fitted: tuple[Models, Trained] | None, request: TrainRequest, fingerprint: str
     ) -> bool:
         with self._lock:
+            if fingerprint != self._fingerprint:
+                return False  # its counts are of jobs of another served model
             trained = fitted[1] if fitted else self._trained
             self._next_training = request.seen + self._pause(request.seen, trained)
             self._next_drift_training = request.seen + self._settings.retrain_after
-            if fitted is None or fingerprint != self._fingerprint:
+            if fitted is None:
                 return False
             self._models, self._trained = fitted
             self._window.forget_drift()
@@ -244,20 +267,22 @@ class Predictor:
                     _log.warning("no new model: %s", error)
             self._replace(fitted, request, fingerprint)
 
-    def _adopt(self, table: TokenTable | None, fingerprint: str) -> None:
-        samples: list[EncodedSample] = []
-        fitted: tuple[Models, Trained] | None = None
-        if self.store:
-            samples, fitted = self.store.load(fingerprint)
+    def _kept_for(self, table: TokenTable | None) -> ServedModel:
+        fingerprint = table.fingerprint if table else _NO_TABLE
+        samples, fitted = self.store.load(fingerprint) if self.store else ([], None)
+        return ServedModel(table, fingerprint, samples, fitted)
+
+    def _adopt(self, model: ServedModel) -> None:
         with self._lock:
-            self._table, self._fingerprint = table, fingerprint
-            self._samples = deque(samples, maxlen=self._settings.max_samples)
-            self._models, self._trained = fitted or (None, UNTRAINED)
-            self._seen = max(len(samples), self._trained.samples_seen)
+            self._table, self._fingerprint = model.table, model.fingerprint
+            self._samples = deque(model.samples, maxlen=self._settings.max_samples)
+            self._models, self._trained = model.fitted or (None, UNTRAINED)
+            self._seen = max(len(model.samples), self._trained.samples_seen)
             self._window = QualityWindow(self._settings.quality_window)
+            self._next_drift_training = 0
             learned = self._trained.samples_seen
             self._next_training = max(
                 self._settings.min_samples, learned + self._pause(learned, self._trained)
             )
-        if self._models is None and len(samples) >= self._settings.min_samples:
+        if self._models is None and len(model.samples) >= self._settings.min_samples:
             self._wake.set()

@@ -208,7 +208,7 @@ async def _follow(
     while True:
         shadow.feed(engines)
         metrics.show_shadow(shadow.ratios)
-        metrics.show_engines(engines, engines.connected)
+        await metrics.show_engines(engines, engines.connected)
         metrics.show_predictor(predictor, predictor.quality())
         await asyncio.sleep(_GAUGES_PERIOD_S)
 

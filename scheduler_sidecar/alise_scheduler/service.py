@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,6 +47,10 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
     stopping: asyncio.Event
     status: Callable[[], Status]
     """Called on a thread; raises `BusyError`."""
+    _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Of token tables, one after the other: the one that was named last wins."""
+    _table_in_use: tuple[str, int] | None = None
+    """Its name, and when it was written, ns."""
 
     async def Predict(self, request: pb.PredictRequest, context: Any) -> pb.PredictResponse:  # noqa: N802
         """Predict answer lengths, a bounded batch at a time."""
@@ -133,7 +137,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             block_tokens=hello.block_tokens,
             batched_tokens=hello.max_num_batched_tokens,
         )
-        self._load_token_table(hello.token_table_file)
+        await self._load_token_table(hello.token_table_file)
         stream = Stream(connection.state, self.metrics, context.write)
         await stream.welcome(
             pb.Welcome(
@@ -170,7 +174,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         except InvalidMessageError as error:
             await self._abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
-    def _load_token_table(self, name: str) -> None:
+    async def _load_token_table(self, name: str) -> None:
         if not name:
             return
         if self.shared_dir is None or Path(name).name != name or name == "..":
@@ -178,8 +182,14 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
                 "token table %r ignored: it must be a plain file name in --shared-dir", name
             )
             return
+        path, predictor = self.shared_dir / name, self.predictor.inner
         try:
-            self.predictor.inner.load_token_table(self.shared_dir / name)
+            async with self._reading:
+                table = (name, path.stat().st_mtime_ns)
+                if table != self._table_in_use:
+                    # Takes seconds, in which the other engines' streams go on.
+                    predictor.serve(await asyncio.to_thread(predictor.read, path))
+                    self._table_in_use = table
         except (OSError, TokenTableError) as error:
             _log.warning("token table %r not used, predictions go on without: %s", name, error)
 

@@ -60,9 +60,15 @@ class EngineShadow:
     cost: CostModel = field(
         default_factory=lambda: CostModel(window_steps=HISTORY_STEPS, refit_steps=_REFIT_STEPS)
     )
+    has_drafts: bool = False
+    """The engine decodes speculatively: its model, one token a step, says nothing of it."""
 
     def advance(self, feed: Feed, may_go_on: Callable[[], bool] = lambda: True) -> None:
         """Take in what is new, and run as far as is known."""
+        self.has_drafts = self.has_drafts or any(step.decoded_tokens for step in feed.steps)
+        if self.has_drafts:
+            self.shadow = Shadow()
+            return
         for job in feed.ended:
             self.shadow.add(job)
         for step in feed.steps:

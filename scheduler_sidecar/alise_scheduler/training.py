@@ -26,7 +26,7 @@ from alise_scheduler.token_table import DIMENSIONS
 
 Array = npt.NDArray[np.float32]
 
-_MAX_TRAINING_JOBS: Final = 8000
+MAX_TRAINING_JOBS: Final = 8_000
 _MAX_ANSWER_ROWS: Final = 8000
 _PROMPT_LANDMARKS: Final = 384
 _ANSWER_LANDMARKS: Final = 256
@@ -178,7 +178,7 @@ def train(
     only_arrival: bool = False,
 ) -> Models | None:
     """Fit both models on the newest of `samples`; None when too few lengths are known."""
-    samples = samples[-_MAX_TRAINING_JOBS:]
+    samples = samples[-MAX_TRAINING_JOBS:]
     lengths = true_lengths(samples, current, rng)
     known = np.flatnonzero(np.isfinite(lengths))
     if len(known) < 8:

@@ -43,15 +43,18 @@ for path in files:
 def predictor_container(service: ServiceView) -> dict[str, Any]:
     """Return the sidecar.
 
-    It has neither a startup nor a readiness probe, and what runs is started again inside of the
-    container: the engine serves without it, so it must not hold back the engine's start nor take
-    the pod out of service, as a container that is down does.
+    It has no probe, and what dies or hangs is started again inside of the container: the engine
+    serves without it, so it must not hold back the engine's start nor take the pod out of service,
+    as a container that is down does.
     """
     wanted = service.spec.predictor
     return {
         "name": PREDICTOR,
         "restartPolicy": "Always",
-        "command": ["python3", "-m", "alise_scheduler.supervisor", "alise", "scheduler"],
+        "command": [
+            *("python3", "-m", "alise_scheduler.supervisor", "--watch-port", str(METRICS_PORT)),
+            *("alise", "scheduler"),
+        ],
         "args": [
             *("--listen", SOCKET, "--shared-dir", RUN_DIR, "--state-dir", STATE_DIR),
             *("--metrics-address", "0.0.0.0", "--metrics-port", str(METRICS_PORT)),  # noqa: S104
@@ -59,13 +62,6 @@ def predictor_container(service: ServiceView) -> dict[str, Any]:
             *("--policy-file", f"{POLICY_DIR}/{_POLICY_FILE}"),
         ],
         "ports": [{"name": "metrics", "containerPort": METRICS_PORT, "protocol": "TCP"}],
-        "livenessProbe": {
-            "httpGet": {"path": "/metrics", "port": "metrics"},
-            "initialDelaySeconds": 30,
-            "periodSeconds": 20,
-            "timeoutSeconds": 10,
-            "failureThreshold": 3,
-        },
         **_common(service),
         "volumeMounts": [
             mount("run", RUN_DIR),
