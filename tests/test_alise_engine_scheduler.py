@@ -192,10 +192,20 @@ def test_a_job_with_drafts_to_verify_is_decoding(make: Any) -> None:
     job.spec_token_ids = [7, 7]
     output = driver.step()
     assert output.num_scheduled_tokens == {job.request_id: 3}
+    # The driver's answers accept none; here one of the two is.
+    scheduler.make_spec_decoding_stats(
+        None,
+        num_draft_tokens=2,
+        num_accepted_tokens=1,
+        num_invalid_spec_tokens=None,
+        request_id=job.request_id,
+    )
     driver.step()
     scheduler._report(client)
-    steps = client.of_type(StepTiming)
-    assert [(s.prefill_tokens, s.decode_jobs) for s in steps] == [(30, 0), (0, 1)]
+    steps = [
+        (s.prefill_tokens, s.decode_jobs, s.decoded_tokens) for s in client.of_type(StepTiming)
+    ]
+    assert steps == [(30, 0, 0), (0, 1, 2)]
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._no_block_preemption_until_s = 0.0
         self._steps: list[StepTiming] = []
         self._open_step: tuple[float, int, int, int] | None = None
+        self._accepted_drafts = 0  # since a step was closed
         usual_s = RECOMPUTE_MARGIN_S if self._tier is None else SWAP_MARGIN_S
         margin_s = self._settings.margin_s
         self._dispatch = DispatchParameters(usual_s if margin_s is None else margin_s)
@@ -400,11 +401,19 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             return
         began_s, prefill_tokens, decode_jobs, context = self._open_step
         self._open_step = None
+        # With batches in flight, they are those of the batch before.
+        decoded = decode_jobs + self._accepted_drafts if self.num_spec_tokens else 0
+        self._accepted_drafts = 0
         # With nobody running, the time since then includes waiting for a request.
         if self.running:
             step_s = now_s - began_s
-            self._steps.append(StepTiming(prefill_tokens, decode_jobs, context, step_s))
+            self._steps.append(StepTiming(prefill_tokens, decode_jobs, context, step_s, decoded))
             self._step_s += _STEP_SMOOTHING * (step_s - self._step_s)
+
+    def make_spec_decoding_stats(self, stats: Any, *args: Any, **kwargs: Any) -> Any:
+        """Count the drafts that were accepted, and do what vLLM does."""
+        self._accepted_drafts += kwargs["num_accepted_tokens"]
+        return super().make_spec_decoding_stats(stats, *args, **kwargs)
 
     def _client_costs(self) -> Costs:
         assert self._client is not None
