@@ -176,6 +176,13 @@ def test_fcfs_takes_blocks_from_the_last_running_request() -> None:
     assert "preempted_req = self.running.pop()" in inspect.getsource(Scheduler.schedule)
 
 
+def test_a_slot_can_be_kept_while_its_job_is_loaded() -> None:
+    # Told of the load while the job still heads its queue, before the next one is looked at.
+    source = "".join(inspect.getsource(Scheduler.schedule).split())
+    assert "KV_FETCH_IN_PROGRESS)skip_request(request_queue)continue" in source
+    assert "ifnum_running>=self.max_num_active_reqs:break" in source
+
+
 def test_statuses() -> None:
     waiting = {RequestStatus.WAITING, RequestStatus.PREEMPTED}
     assert not any(RequestStatus.is_finished(status) for status in waiting)

@@ -239,6 +239,27 @@ def test_slow_copies_leave_a_job_to_be_computed_again(make: Make) -> None:
     assert engine.tier.held_tokens(long) == 0
 
 
+@pytest.mark.parametrize("ending", ["loaded", "aborted"])
+def test_a_slot_is_kept_for_the_job_that_is_loaded_for_it(make: Make, ending: str) -> None:
+    engine, client = make(slots=1)
+    long, short = preempt_one(engine, client)
+    evict_prefix_cache(engine)
+    (next_one,) = add(engine)
+    rank(client, next_one, 2000.0, 900)
+    engine.step({short.request_id})
+    engine.step()
+    assert long.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    assert next_one.status == RequestStatus.WAITING
+    if ending == "aborted":
+        engine.scheduler.finish_requests(long.request_id, RequestStatus.FINISHED_ABORTED)
+    engine.step()
+    engine.step()
+    runs, waits = (long, next_one) if ending == "loaded" else (next_one, long)
+    assert engine.scheduler.running == [runs]
+    assert waits.status != RequestStatus.RUNNING
+    assert engine.scheduler.max_num_active_reqs == 1
+
+
 def test_copies_that_are_believed_too_slow_are_measured_again(make: Make) -> None:
     engine, client = make(slots=1)
     costs = engine.tier.costs()

@@ -21,6 +21,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import KV_FETCH_IN_PROGRESS
 from vllm.v1.request import Request, RequestStatus
 
 from alise_engine import metrics
@@ -90,6 +91,8 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         margin_s = self._settings.margin_s
         self._dispatch = DispatchParameters(usual_s if margin_s is None else margin_s)
         self._step_s = 0.0
+        self._returning: set[str] = set()
+        """Jobs that vLLM loads as it had a slot for them: the slot is kept meanwhile."""
         self._lost_tokens: dict[str, int] = {}  # req_id -> tokens it had when it was preempted
         self._unreported_preemptions = 0
         self._unreported_preempted_tokens = 0
@@ -135,9 +138,13 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             self._steering.prefetch(self._step_s)
             if self._ranked_jobs:
                 self._steering.store_ahead(self._step_s)
+        slots = self.max_num_active_reqs
+        self._returning = {job_id for job_id in self._returning if self._is_loading(job_id)}
+        self.max_num_active_reqs = slots - len(self._returning)
         try:
             output = super().schedule(throttle_prefills)
         finally:
+            self.max_num_active_reqs = slots
             # Held back meanwhile: a victim must not be admitted again in the same step.
             for request in victims:
                 self.waiting.add_request(request)
@@ -181,6 +188,16 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             self._client.send(Preempted(request.request_id, request.num_output_tokens))
         super()._preempt_request(request, timestamp, drop_stale_output=drop_stale_output)
 
+    def _set_kv_fetch_stage(self, request: Request, stage: str | None) -> None:
+        # vLLM says here that it begins to load a job's copy. In the same step it goes on admitting
+        # and would give the slot to the next job. (One that is loaded ahead of its turn has no
+        # slot, and is off the waiting queue by now.)
+        begins = self._client is not None and stage == KV_FETCH_IN_PROGRESS
+        if begins and self.waiting and self.waiting.peek_request() is request:
+            self._returning.add(request.request_id)
+            self.max_num_active_reqs -= 1
+        super()._set_kv_fetch_stage(request, stage)
+
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -193,6 +210,14 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             request, delay_free_blocks
         )
         return result
+
+    def _is_loading(self, job_id: str) -> bool:
+        request = self.requests.get(job_id)
+        return (
+            request is not None
+            and request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+            and job_id not in self.finished_recving_kv_req_ids
+        )
 
     # Estimates in, decisions out.
 
