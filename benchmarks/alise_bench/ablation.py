@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numpy as np
-from alise_scheduler.answer_features import ANSWER_LEXICAL, LINES
+from alise_scheduler.answer_features import LINES
 from alise_scheduler.evaluation import Conversation, NoModelError, Report, evaluate
 from alise_scheduler.prompt_features import ASKED, LEXICAL, NUMERIC, PromptFeatures
 from alise_scheduler.token_table import DIMENSIONS
@@ -62,8 +62,7 @@ GROUPS: Final = (
     Group("prompt: token meanings, opening", True, _vectors(2)),
     Group("prompt: words and pairs of words", True, None),
     Group("answer: its lines and lists", False, LINES),
-    Group("answer: counts of kinds of tokens", False, slice(LINES.stop, ANSWER_LEXICAL)),
-    Group("answer: the model's embeddings", False, slice(ANSWER_LEXICAL, None)),
+    Group("answer: counts of kinds of tokens", False, slice(LINES.stop, None)),
     Group("answer: words and pairs of words", False, None),
 )
 

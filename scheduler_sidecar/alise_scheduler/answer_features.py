@@ -23,13 +23,11 @@ from alise_scheduler.answer_lines import (
     line_features,
 )
 from alise_scheduler.prompt_features import BAG_BUCKETS, bag_buckets
-from alise_scheduler.token_table import PROPERTY_NAMES, TokenTable, widened
+from alise_scheduler.token_table import PROPERTY_NAMES, TokenTable
 
-ANSWER_DIMENSIONS: Final = 64
 _PROPERTIES: Final = len(PROPERTY_NAMES)
 LINES: Final = slice(1, 1 + LINE_FEATURES)
-ANSWER_LEXICAL: Final = LINES.stop + _PROPERTIES
-ANSWER_WIDTH: Final = ANSWER_LEXICAL + ANSWER_DIMENSIONS
+ANSWER_WIDTH: Final = LINES.stop + _PROPERTIES
 
 _NO_TOKEN: Final = -1
 
@@ -42,10 +40,9 @@ class AnswerState:
     seen_tokens: int = 0
     pending: list[int] = field(default_factory=list)
     tail: list[int] = field(default_factory=lambda: [_NO_TOKEN] * CONTEXT_TOKENS)  # the last rows
-    # Of the tokens' properties and embeddings.
     sums: npt.NDArray[np.float32] = field(
-        default_factory=lambda: np.zeros(_PROPERTIES + ANSWER_DIMENSIONS, dtype=np.float32)
-    )
+        default_factory=lambda: np.zeros(_PROPERTIES, dtype=np.float32)
+    )  # of the tokens' properties
     bag: npt.NDArray[np.bool_] = field(
         default_factory=lambda: np.zeros(BAG_BUCKETS, dtype=np.bool_)
     )
@@ -74,15 +71,12 @@ def fold(states: Sequence[AnswerState], table: TokenTable) -> None:
     old = starts[:, None] + np.arange(CONTEXT_TOKENS + 1)
     is_new = np.ones(len(rows), dtype=np.bool_)
     is_new[old] = False
-    new = rows[is_new]
-    fresh = np.empty((len(new), _PROPERTIES + ANSWER_DIMENSIONS), dtype=np.float32)
-    fresh[:, :_PROPERTIES] = kinds[is_new]
-    fresh[:, _PROPERTIES:] = widened(table.embedding[new, :ANSWER_DIMENSIONS])
+    fresh = kinds[is_new].astype(np.float32)
     added = sizes - (CONTEXT_TOKENS + 1)
     ends = np.concatenate(([0], np.cumsum(added)))
     # A sparse product adds up rows several times as fast as np.add.reduceat.
-    ones = np.ones(len(new), dtype=np.float32)
-    sums = csr_matrix((ones, np.arange(len(new)), ends), (len(states), len(new))) @ fresh
+    ones = np.ones(len(fresh), dtype=np.float32)
+    sums = csr_matrix((ones, np.arange(len(fresh)), ends), (len(states), len(fresh))) @ fresh
     marks = fold_lines(np.array([state.marks for state in states]), rows, kinds, starts, table)
     # A word's bucket and its pair's, side by side: a job's are one slice.
     buckets = bag_buckets(table.word_hash[rows])[:, is_new].T.astype(np.intp).ravel()

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from alise_scheduler.answer_features import ANSWER_LEXICAL, ANSWER_WIDTH, LINES
+from alise_scheduler.answer_features import ANSWER_WIDTH, LINES
 from alise_scheduler.answer_lines import projected
 from alise_scheduler.conditioning import conditioned
 from alise_scheduler.lengths import QUANTILE_LEVELS, remaining_after
@@ -40,11 +40,7 @@ _PROMPT_BLOCKS: Final = (
 )
 # In front what the trees see, too: the arrival model's prediction, the list's projected rest.
 _OUTLOOK: Final = 6
-_ANSWER_BLOCKS: Final = (
-    (0, 2),
-    (2, _OUTLOOK + ANSWER_LEXICAL),
-    (_OUTLOOK + ANSWER_LEXICAL, _OUTLOOK + ANSWER_WIDTH),
-)
+_ANSWER_BLOCKS: Final = ((0, 2), (2, _OUTLOOK + ANSWER_WIDTH))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +127,7 @@ def _arrival_columns(dense: Array, ranks: Array, neighbours: Array) -> Array:
 
 def _answer_columns(rows: Array, ranks: Array) -> Array:
     written = rows[:, _OUTLOOK, None]
-    return np.hstack([ranks[:, None], written, rows[:, : _OUTLOOK + ANSWER_LEXICAL]])
+    return np.hstack([ranks[:, None], written, rows])
 
 
 def stack_prompts(samples: Sequence[Sample]) -> Array:
