@@ -62,6 +62,8 @@ _STEP_SMOOTHING = 0.2
 class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped to us
     """vLLM's scheduler, ordered and preempted by the sidecar's priorities."""
 
+    max_num_active_reqs: int  # vLLM's
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = EngineSettings.from_env(os.environ)
