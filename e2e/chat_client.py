@@ -45,13 +45,19 @@ def ask(number: int, prompt: str, tokens: int) -> None:
             max_tokens=tokens,
             stream=True,
         )
-        texts = []
+        texts, reason = [], None
         for chunk in stream:
-            if chunk.choices:  # the first has the role, and comes with the first token
-                result.setdefault("first_s", time.monotonic() - start_s)
-            if chunk.choices and chunk.choices[0].delta.content:
-                texts.append(chunk.choices[0].delta.content)
-        result |= {"text": "".join(texts), "pieces": len(texts)}
+            if not chunk.choices:
+                continue
+            if "first_s" not in result:  # it has the role, and comes with the first token
+                result["first_s"] = time.monotonic() - start_s
+                if arguments.until:
+                    arguments.until.with_suffix(".begun").touch()
+            texts.append(chunk.choices[0].delta.content or "")
+            reason = chunk.choices[0].finish_reason
+        result |= {"text": "".join(texts), "pieces": sum(map(bool, texts))}
+        if reason not in ("stop", "length"):
+            result["error"] = f"ended by {reason}"
     except Exception as error:  # a stream that breaks is not wrapped by the client
         result["error"] = f"{type(error).__name__}: {error}"
     result["done_s"] = time.monotonic() - start_s

@@ -27,7 +27,10 @@ _COMMAND_S = 120
 
 def run(*command: str, stdin: str | None = None, wait_s: float = _COMMAND_S) -> str:
     """Run a command and return what it prints; fails with what it says of its failure."""
-    done = subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=wait_s)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=wait_s)
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"{' '.join(command)}: not within {wait_s:g} s") from error
     if done.returncode:
         raise AssertionError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
@@ -115,9 +118,12 @@ def chat(service: str, *options: str, wait_s: float = _COMMAND_S) -> list[dict[s
 
 @contextmanager
 def load(service: str, *options: str) -> Iterator[list[dict[str, Any]]]:
-    """Send requests while the body runs; the list has their results afterwards."""
-    flag, results = "/tmp/stop", []
-    kubectl("exec", CLIENT, "--", "rm", "-f", flag)
+    """Send requests while the body runs, which begins with the first token of an answer.
+
+    The list has their results afterwards.
+    """
+    flag, begun, results = "/tmp/stop", "/tmp/stop.begun", []
+    kubectl("exec", CLIENT, "--", "rm", "-f", flag, begun)
 
     def send() -> None:
         results.extend(chat(service, "--until", flag, *options, wait_s=900))
@@ -125,6 +131,7 @@ def load(service: str, *options: str) -> Iterator[list[dict[str, Any]]]:
     sender = threading.Thread(target=send)
     sender.start()
     try:
+        eventually(lambda: kubectl("exec", CLIENT, "--", "ls", begun), "answers come", 120)
         yield results
     finally:
         kubectl("exec", CLIENT, "--", "touch", flag)
@@ -169,11 +176,15 @@ def _serves(pod: dict[str, Any]) -> bool:
 
 
 def metric(pod: dict[str, Any], name: str, port: int = 9464) -> float:
-    """Return a metric of a pod, asked from another pod: the sum over the labels not in `name`."""
+    """Return a metric of a pod, asked from another pod: the sum over the labels not in `name`.
+
+    0 for labels that have not come up yet.
+    """
     lines = _page(pod, "/metrics", port).splitlines()
-    values = [float(each.rpartition(" ")[2]) for each in lines if each.startswith(_starts(name))]
-    assert values, f"{pod['metadata']['name']}:{port} has no metric {name}"
-    return sum(values)
+    family = name.partition("{")[0]
+    found = [each for each in lines if each.startswith(_starts(family))]
+    assert found, f"{pod['metadata']['name']}:{port} has no metric {family}"
+    return sum(float(each.rpartition(" ")[2]) for each in found if each.startswith(_starts(name)))
 
 
 def _starts(name: str) -> tuple[str, str]:

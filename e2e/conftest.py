@@ -11,6 +11,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import cluster
 import pytest
@@ -125,7 +126,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  
             ],
         }
         for name, command in commands.items():
-            with (folder / name).open("w") as target:
+            with (folder / name).open("w") as target, suppress(subprocess.TimeoutExpired):
                 subprocess.run(command, stdout=target, stderr=target, timeout=120)
         print(f"logs and events: {folder}")
     return report

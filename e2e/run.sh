@@ -69,8 +69,12 @@ if [[ -n ${E2E_KUBECONFIG:-} ]]; then
   export KUBECONFIG=$E2E_KUBECONFIG
 else
   export KUBECONFIG=$work/kubeconfig
-  phase "kind cluster" kind create cluster --name "$CLUSTER" --config e2e/kind.yaml --wait 180s \
-    ${E2E_NODE_IMAGE:+--image "$E2E_NODE_IMAGE"}
+  if kind get clusters | grep -qx "$CLUSTER"; then
+    kind export kubeconfig --name "$CLUSTER"
+  else
+    phase "kind cluster" kind create cluster --name "$CLUSTER" --config e2e/kind.yaml --wait 180s \
+      ${E2E_NODE_IMAGE:+--image "$E2E_NODE_IMAGE"}
+  fi
   phase "simulated GPUs" simulate_gpus
   phase "load the images" load
 fi

@@ -55,7 +55,7 @@ def engine(pod: dict[str, Any]) -> dict[str, Any]:
 def test_no_request_is_lost_and_full_nodes_are_no_deadlock(smol: str, one_gpu_left: None) -> None:
     # Answers of some seconds, so that there always is one to drain; the stock client's own retries,
     # more than by default: with one replica and no room for another, nobody answers for a while.
-    with load(smol, "--concurrency", "2", "--tokens", "200", "--retries", "100") as results:
+    with load(smol, "--concurrency", "2", "--tokens", "60", "--retries", "100") as results:
         before = uids(smol)
         patch(smol, engine={"accelerator": {"count": 1}, "image": image("engine")})
         wait_replaced(smol, before)

@@ -17,8 +17,9 @@ from cluster import (
     wait_replaced,
 )
 
-# Blocks for about three of the answers below, and a tier for one more: both are full in seconds.
-_TIER_GIB = 0.02
+# Blocks for about three of the answers below, and a tier for one more (16 blocks of 380 kB, half of
+# them for copies under way): both are full in seconds.
+_TIER_GIB = 0.006
 _PRESSED = [
     *("--block-size", "32", "--num-gpu-blocks-override", "20", "--max-num-seqs", "6"),
     *("--max-model-len", "512", "--alise-kv-host-gib", str(_TIER_GIB)),
@@ -59,7 +60,9 @@ def test_nothing_is_killed_for_memory(smol: str) -> None:
         assert failed(chat(smol, "--burst", json.dumps(prompts), wait_s=600)) == []
         assert metric(pod, "vllm:num_preemptions_total", 8000) > 0
         assert metric(pod, "alise_kv_tier_restored_tokens_total", 8000) > 0
-        assert metric(pod, 'alise_kv_tier_lookups_total{result="evicted"}', 8000) > 0
+        # It was full: not all of what was preempted could be kept.
+        hits = metric(pod, 'alise_kv_tier_lookups_total{result="hit"}', 8000)
+        assert metric(pod, "alise_kv_tier_lookups_total", 8000) > hits
         assert metric(pod, "alise_kv_tier_held_bytes", 8000) <= _TIER_GIB * 2**30
         kills, peak_bytes = map(int, in_pod(name, "engine", _MEMORY).split())
         print(f"\npeak {peak_bytes / 2**30:.1f} GiB")

@@ -350,7 +350,12 @@ class OperatorProcess:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait until it ends; returns its exit status."""
+        assert self.process is not None
+        return self.process.wait(WAIT_S)
 
     def get(self, page: str) -> httpx.Response:
         return httpx.get(f"http://127.0.0.1:{self.port}/{page}", timeout=5)

@@ -77,10 +77,13 @@ def pod(
     engine: dict[str, Any] | None = None,
     predictor: dict[str, Any] | None = None,
     ready: bool = False,
+    created: str = "2025-12-31T00:00:00Z",
     **status: Any,
 ) -> PodState:
     """Return a pod with the given container statuses."""
-    return pod_state(pod_body(name, engine=engine, predictor=predictor, ready=ready, **status))
+    body = pod_body(name, engine=engine, predictor=predictor, ready=ready, **status)
+    body["metadata"]["creationTimestamp"] = created
+    return pod_state(body)
 
 
 def pod_body(

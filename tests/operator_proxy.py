@@ -93,6 +93,15 @@ class Proxy:
             await asyncio.gather(*self._streams, return_exceptions=True)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
+        task = asyncio.current_task()
+        assert task is not None
+        self._streams.add(task)
+        try:
+            return await self._answer(request)
+        finally:
+            self._streams.discard(task)
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         known = parsed(request.method, request.path, dict(request.query))
         fault = None
         if known is not None:
@@ -103,13 +112,7 @@ class Proxy:
             await asyncio.sleep(fault.delay_s)
             if fault.status is not None:
                 return _failure(fault.status)
-        task = asyncio.current_task()
-        assert task is not None
-        self._streams.add(task)
-        try:
-            return await self._pass_on(request, is_lost=fault is not None and fault.is_lost)
-        finally:
-            self._streams.discard(task)
+        return await self._pass_on(request, is_lost=fault is not None and fault.is_lost)
 
     async def _pass_on(self, request: web.Request, *, is_lost: bool) -> web.StreamResponse:
         dropped = {"host", "content-length", "transfer-encoding", "connection"}

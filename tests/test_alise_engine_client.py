@@ -20,7 +20,7 @@ from alise_engine.client import SidecarClient
 from alise_engine.events import Arrived, Finished, Snapshot
 from alise_engine.settings import TlsFiles
 from alise_scheduler import protocol
-from alise_scheduler.events import Progress
+from alise_scheduler.events import Preempted, Progress
 from alise_scheduler.v1 import scheduler_pb2 as pb
 from alise_scheduler.v1 import scheduler_pb2_grpc as pb_grpc
 from patience import eventually
@@ -111,6 +111,26 @@ def test_estimates_come_back(
     eventually(take)
     assert received["a"] <= received["b"]
     assert client.costs.decode_s_per_token > 0
+
+
+def test_names_beyond_the_bounds_do_not_end_the_stream(
+    sidecar_of: Callable[..., Sidecar], client_of: Callable[..., SidecarClient]
+) -> None:
+    client = client_of(sidecar_of("--policy", "mlfq").address)
+    eventually(client.wants_snapshot)
+    id_a, id_b = ("x" * (protocol.MAX_NAME_CHARS + 1) + end for end in "ab")
+    said = [Progress(id_a, 1, [5], is_running=True)]
+    client.send_snapshot(Snapshot(jobs=[arrived(id_a), arrived("before")], progress=said))
+    client.send(arrived(id_b))
+    client.send(Progress(id_b, 1, [5], is_running=True))
+    client.send(Preempted(id_b, 1))
+    client.send(Finished(id_b, pb.FINISH_REASON_STOP, 1, [], 0.0, 0.1, 0, 0))
+    long_name = "y" * (protocol.MAX_NAME_CHARS + 1)
+    client.send(Arrived("adapted", time.monotonic(), [1, 2, 3], 100, 0.0, 0, long_name))
+    client.send(arrived("after"))
+    ranked: set[str] = set()
+    eventually(lambda: ranked.update(e.job_id for e in client.receive(100)) or "after" in ranked)
+    assert ranked == {"before", "adapted", "after"}
 
 
 def test_events_before_the_snapshot_are_not_sent(client_of: Callable[..., SidecarClient]) -> None:

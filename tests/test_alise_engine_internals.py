@@ -51,7 +51,6 @@ def test_vllm_is_the_pinned_version() -> None:
             AsyncScheduler._update_request_with_output,
             ["self", "request", "new_token_ids", "is_stale"],
         ),
-        (Scheduler._request_blocks_can_be_freed, ["self", "request"]),
         (Scheduler.shutdown, ["self"]),
         (Scheduler._get_local_prefix_cache_hit, ["self", "request"]),
         (Scheduler._inflight_prefill_reserved_blocks, ["self"]),
@@ -99,6 +98,8 @@ def test_signature(function: object, parameters: list[str]) -> None:
         "finished_recving_kv_req_ids",
         "scheduler_reserve_full_isl",
         "_inflight_prefills",
+        "deferred_frees",
+        "lora_config",
     ],
 )
 def test_scheduler_attribute(name: str, tmp_path: object) -> None:
@@ -119,6 +120,7 @@ def test_scheduler_attribute(name: str, tmp_path: object) -> None:
         "num_tokens",
         "num_computed_tokens",
         "num_preemptions",
+        "num_stale_output_tokens",
         "max_tokens",
         "block_hashes",
     ],
@@ -172,6 +174,13 @@ def test_damaged_blocks_are_computed_again() -> None:
 def test_fcfs_takes_blocks_from_the_last_running_request() -> None:
     # We keep `running` sorted so that the last one is the worst by our order.
     assert "preempted_req = self.running.pop()" in inspect.getsource(Scheduler.schedule)
+
+
+def test_a_slot_can_be_kept_while_its_job_is_loaded() -> None:
+    # Told of the load while the job still heads its queue, before the next one is looked at.
+    source = "".join(inspect.getsource(Scheduler.schedule).split())
+    assert "KV_FETCH_IN_PROGRESS)skip_request(request_queue)continue" in source
+    assert "ifnum_running>=self.max_num_active_reqs:break" in source
 
 
 def test_statuses() -> None:

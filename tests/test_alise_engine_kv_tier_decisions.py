@@ -13,6 +13,7 @@ from alise_engine.kv_tier.decisions import (
     TierParameters,
     choose_evictions,
     choose_stores,
+    hopeful,
     is_prefetch_due,
     preemption_s,
     recompute_s,
@@ -44,6 +45,21 @@ def test_preempting_costs_the_cheaper_way() -> None:
     slow_copies = CopyCosts(0.02, 0.02, prefill_s_per_token=0.001)
     assert preemption_s(copy, COSTS) == swap_s(copy, COSTS) < recompute_s(copy, COSTS)
     assert preemption_s(copy, slow_copies) == recompute_s(copy, slow_copies) == 0.1
+
+
+@pytest.mark.parametrize("times_too_slow", [1.5, 3.0, 20.0])
+def test_copies_that_seemed_too_slow_are_tried_again_the_rarer_the_slower(
+    times_too_slow: float,
+) -> None:
+    copy, prefill_s = Copy(100, 0), 0.001
+    costs = CopyCosts(times_too_slow * prefill_s / 2, times_too_slow * prefill_s / 2, prefill_s)
+
+    def is_refused(refusals: int) -> bool:
+        hoped = hopeful(costs, refusals)
+        return swap_s(copy, hoped) >= recompute_s(copy, hoped)
+
+    assert [is_refused(n) for n in (0, int(7.9 * (times_too_slow - 1)))] == [True, True]
+    assert not is_refused(int(8 * (times_too_slow - 1)) + 1)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,40 @@ def finish(engine: TierEngine, request: Request) -> None:
     engine.step({request.request_id})
 
 
+def test_a_job_in_the_batch_in_flight_is_preempted_stored_and_restored(make: Make) -> None:
+    engine, client = make(slots=1, batches_in_flight=2)
+    restored = counted(tier_metrics.RESTORED_TOKENS)
+    long, short = preempt_one(engine, client)
+    held = engine.tier.held_tokens(long)
+    assert held == long.num_tokens - 1, "all but the token of the batch in flight"
+    assert short.status == RequestStatus.RUNNING
+    evict_prefix_cache(engine)
+    finish(engine, short)
+    for _ in range(6):
+        engine.step()
+    assert long.status == RequestStatus.RUNNING
+    assert counted(tier_metrics.RESTORED_TOKENS) - restored == held
+
+
+def test_blocks_that_a_batch_in_flight_still_writes_are_counted_once(make: Make) -> None:
+    # Two slots, but blocks for little more than one long job: the short one waits for blocks.
+    engine, client = make(slots=3, blocks=41, batches_in_flight=2)
+    preempted = counted(metrics.PREEMPTIONS)
+    jobs = add(engine, 2, prompt_tokens=300)
+    for _ in range(5):
+        engine.step()
+    for number, job in enumerate(jobs):
+        rank(client, job, 1000.0 + number, 900)
+    (short,) = add(engine, prompt_tokens=100)
+    rank(client, short, 0.0, 10)
+    for _ in range(3):
+        engine.step()
+    assert short.status == RequestStatus.RUNNING
+    assert [job.status for job in jobs] == [RequestStatus.RUNNING, RequestStatus.PREEMPTED]
+    engine.scheduler._report(client)
+    assert counted(metrics.PREEMPTIONS) == preempted + 1
+
+
 @pytest.mark.parametrize("quantization", Quantization)
 def test_a_preempted_job_comes_back_without_being_computed_again(
     make: Make, quantization: Quantization
@@ -203,6 +237,53 @@ def test_slow_copies_leave_a_job_to_be_computed_again(make: Make) -> None:
     engine.tier._bytes_per_s = {"store": 1.0, "load": 1.0}
     long, _ = preempt_one(engine, client)
     assert engine.tier.held_tokens(long) == 0
+
+
+@pytest.mark.parametrize("ending", ["loaded", "aborted"])
+def test_a_slot_is_kept_for_the_job_that_is_loaded_for_it(make: Make, ending: str) -> None:
+    engine, client = make(slots=1)
+    long, short = preempt_one(engine, client)
+    evict_prefix_cache(engine)
+    (next_one,) = add(engine)
+    rank(client, next_one, 2000.0, 900)
+    engine.step({short.request_id})
+    engine.step()
+    assert long.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    assert next_one.status == RequestStatus.WAITING
+    if ending == "aborted":
+        engine.scheduler.finish_requests(long.request_id, RequestStatus.FINISHED_ABORTED)
+    engine.step()
+    engine.step()
+    runs, waits = (long, next_one) if ending == "loaded" else (next_one, long)
+    assert engine.scheduler.running == [runs]
+    assert waits.status != RequestStatus.RUNNING
+    assert engine.scheduler.max_num_active_reqs == 1
+
+
+def test_copies_that_are_believed_too_slow_are_measured_again(make: Make) -> None:
+    engine, client = make(slots=1)
+    costs = engine.tier.costs()
+    # So slow that out and in takes three times as long as computing.
+    for direction in ("store", "load"):
+        is_s = getattr(costs, f"{direction}_s_per_token")
+        engine.tier._bytes_per_s[direction] *= is_s / (1.5 * client.costs.prefill_s_per_token)
+    believed = engine.tier._bytes_per_s["load"]
+    long, short = preempt_one(engine, client, steps=5)
+    preemptions = 1
+    while not engine.tier.held_tokens(long) and preemptions < 40:
+        ids = [long.request_id, short.request_id]
+        engine.scheduler.finish_requests(ids, RequestStatus.FINISHED_ABORTED)
+        engine.settle()
+        long, short = preempt_one(engine, client, steps=5)
+        preemptions += 1
+    assert 17 <= preemptions <= 18
+    finish(engine, short)
+    evict_prefix_cache(engine)
+    for _ in range(4):
+        engine.step()
+    assert long.request_id in engine.restored_jobs
+    assert engine.tier._bytes_per_s["load"] > 10 * believed
+    assert engine.tier._refusals == 0
 
 
 def test_damage_in_host_memory_is_computed_again(make: Make) -> None:

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from alise_bench.scheduler_setup import build_scheduler
 from alise_engine import scheduler as plugin
 from alise_engine.cli import _kv_tier_arguments
 from alise_engine.kv_tier import spec as spec_module
 from alise_engine.kv_tier.layout import Quantization, TierTooSmallError
-from alise_engine.kv_tier.spec import unsupported_reason
+from alise_engine.kv_tier.spec import QuantizedOffloadingSpec, unsupported_reason
 from alise_engine.scheduler import AliseScheduler
 from fakes import FakeClient
 from kv_tier_harness import TierEngine
+from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config, get_kv_cache_configs
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -37,11 +40,15 @@ SHAPE: dict[str, Any] = {
 FULL = FullAttentionSpec(**SHAPE)
 
 
-def vllm_config(cache_dtype: str = "auto", context_parallel: int = 1) -> Any:
+def vllm_config(
+    cache_dtype: str = "auto", context_parallel: int = 1, pipeline_parallel: int = 1
+) -> Any:
     return SimpleNamespace(
         cache_config=SimpleNamespace(cache_dtype=cache_dtype),
         parallel_config=SimpleNamespace(
-            decode_context_parallel_size=context_parallel, prefill_context_parallel_size=1
+            decode_context_parallel_size=context_parallel,
+            prefill_context_parallel_size=1,
+            pipeline_parallel_size=pipeline_parallel,
         ),
     )
 
@@ -94,11 +101,42 @@ def cache_of(*specs: KVCacheSpec) -> KVCacheConfig:
         pytest.param(
             vllm_config(context_parallel=2), cache_of(FULL), "int8", "context parallel", id="DCP"
         ),
+        pytest.param(
+            vllm_config(pipeline_parallel=2), cache_of(FULL), "int8", "pipeline", id="pipeline"
+        ),
     ],
 )
 def test_models(config: Any, cache: KVCacheConfig, quantization: str, reason: str | None) -> None:
     found = unsupported_reason(config, cache, Quantization(quantization))
     assert found is None if reason is None else reason in str(found)
+
+
+@pytest.mark.parametrize(
+    ("draft", "reason"),
+    [
+        pytest.param(FULL, None, id="of the model's shape"),
+        pytest.param(
+            FullAttentionSpec(**SHAPE | {"head_size": 32}), "differ in shape", id="another shape"
+        ),
+        pytest.param(
+            FullAttentionSpec(**SHAPE | {"num_kv_heads": 2, "head_size": 32}),
+            "differ in shape",
+            id="another shape of the same size",
+        ),
+    ],
+)
+def test_a_draft_models_layers_are_judged_alike_by_scheduler_and_workers(
+    draft: KVCacheSpec, reason: str | None, tmp_path: Path
+) -> None:
+    config = build_scheduler(AsyncScheduler, tmp_path).vllm_config
+    config.cache_config.num_gpu_blocks_override = 300
+    config.cache_config.kv_cache_layout = "LBHNC"
+    layers = {"layer 0": FULL, "layer 1": FULL, "draft layer 0": draft}
+    (of_worker,) = get_kv_cache_configs(config, [layers], [1 << 30])
+    of_scheduler = generate_scheduler_kv_cache_config([of_worker])
+    for cache in (of_worker, of_scheduler):
+        found = unsupported_reason(config, cache, Quantization.INT8)
+        assert found is None if reason is None else reason in str(found)
 
 
 @pytest.fixture
@@ -120,6 +158,21 @@ def test_an_unsupported_model_is_served_without_the_tier_and_a_warning_says_why(
         engine.scheduler.add_request(create_request(prompt_tokens=100, max_tokens=200))
     engine.run(4)  # vLLM preempts for want of blocks, and computes again
     assert not engine.restored_jobs
+
+
+@pytest.mark.usefixtures("ranked")
+def test_a_worker_without_the_tier_loses_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The scheduler believes in the tier: it stores and loads, and nothing is ever there.
+    monkeypatch.setattr(QuantizedOffloadingSpec, "get_worker", lambda *_: spec_module._NoWorker())
+    engine = TierEngine(AliseScheduler, tmp_path, slots=4, blocks=41)
+    for _ in range(4):
+        engine.scheduler.add_request(create_request(prompt_tokens=100, max_tokens=200))
+    engine.run(4)
+    assert engine.restored_jobs, "a load was tried"
+    engine.settle()
+    assert engine.tier.manager.used_slots() == 0
 
 
 @pytest.mark.usefixtures("ranked")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from alise_engine.kv_tier import host_memory
 from alise_engine.kv_tier import worker as worker_module
+from alise_engine.kv_tier.host_memory import HostMemory
 from alise_engine.kv_tier.layout import Quantization, SlotLayout
 from alise_engine.kv_tier.manager import HostSlots
 from alise_engine.kv_tier.pages import cpu_pages, stacked
@@ -139,3 +142,45 @@ def test_transfers_report_bytes_and_seconds() -> None:
     assert result.transfer_size == 2 * worker._layout.slot_bytes
     assert result.transfer_time > 0
     assert worker.get_finished() == []
+
+
+class FakeStream:
+    """Notes what it is asked to do, in `done`."""
+
+    def __init__(self, done: list[str]) -> None:
+        self._done = done
+
+    def wait_stream(self, _: Any) -> None:
+        self._done.append("wait")
+
+
+def test_a_copys_time_begins_after_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class FakeEvent:
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def record(self, _: Any) -> None:
+            done.append("mark")
+
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    worker, _ = make()
+    worker._stream = FakeStream(done)  # type: ignore[assignment]
+    worker.submit_store(1, device([0, 1]), HostSlots([5, 6]))
+    assert done == ["wait", "mark", "mark"]
+    done.clear()
+    worker.submit_load(2, HostSlots([]), device([]))
+    assert done == ["wait", "mark", "mark"]
+
+
+def test_pinned_memory_is_what_was_asked_for_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(host_memory, "pin_tensor", pinned.append)
+    memory = HostMemory(3, 100, is_pinned=True)
+    assert [rows.data_ptr() for rows in pinned] == [memory.rows.data_ptr()]
+    assert memory.rows.untyped_storage().nbytes() == 300
+    HostMemory(3, 100, is_pinned=False)
+    assert len(pinned) == 1

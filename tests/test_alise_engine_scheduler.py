@@ -12,9 +12,11 @@ from alise_engine import scheduler as plugin
 from alise_engine.client import Estimate
 from alise_engine.events import Arrived, Finished, Snapshot
 from alise_engine.scheduler import AliseScheduler
-from alise_scheduler.events import Preempted
+from alise_scheduler.events import Preempted, StepTiming
 from alise_scheduler.v1 import scheduler_pb2 as pb
 from fakes import FakeClient
+from vllm.config import LoRAConfig
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.request import Request, RequestStatus
@@ -80,6 +82,30 @@ def test_a_better_waiting_job_takes_the_slot_of_the_worst(make: Any) -> None:
     driver.step({short.request_id})
     driver.step()
     assert long_a.request_id in running_ids(scheduler)
+
+
+def test_nobody_is_preempted_for_an_adapter_that_has_no_place(make: Any) -> None:
+    scheduler, client = make(slots=2)
+    scheduler.lora_config = LoRAConfig(max_loras=1)
+    driver = Driver(scheduler)
+
+    def add_with_adapter(number: int) -> Request:
+        request = create_request()
+        request.lora_request = LoRARequest(f"adapter {number}", number, "nowhere")
+        scheduler.add_request(request)
+        return request
+
+    holder, long = add_with_adapter(1), add(scheduler, 1)[0]
+    driver.step()
+    other = add_with_adapter(2)
+    client.estimates = [estimate(holder, 90.0, 900), estimate(long, 100.0, 1000)]
+    client.estimates.append(estimate(other, 0.0, 10))
+    driver.step()
+    assert running_ids(scheduler) == {holder.request_id, long.request_id}
+    same = add_with_adapter(1)
+    client.estimates = [estimate(same, 1.0, 10)]
+    driver.step()
+    assert running_ids(scheduler) == {holder.request_id, same.request_id}
 
 
 def test_a_victim_does_not_come_back_in_the_same_step(make: Any) -> None:
@@ -155,6 +181,31 @@ def test_a_new_stream_gets_all_live_jobs_and_then_events(make: Any) -> None:
     assert list(progress.new_token_ids) == [7, 7]
     (late,) = add(scheduler, 1)
     assert [event.job_id for event in client.of_type(Arrived)] == [late.request_id]
+
+
+def test_a_job_with_drafts_to_verify_is_decoding(make: Any) -> None:
+    scheduler, client = make()
+    scheduler.num_spec_tokens = 2
+    driver = Driver(scheduler)
+    (job,) = add(scheduler, 1, prompt_tokens=30)
+    driver.step()
+    job.spec_token_ids = [7, 7]
+    output = driver.step()
+    assert output.num_scheduled_tokens == {job.request_id: 3}
+    # The driver's answers accept none; here one of the two is.
+    scheduler.make_spec_decoding_stats(
+        None,
+        num_draft_tokens=2,
+        num_accepted_tokens=1,
+        num_invalid_spec_tokens=None,
+        request_id=job.request_id,
+    )
+    driver.step()
+    scheduler._report(client)
+    steps = [
+        (s.prefill_tokens, s.decode_jobs, s.decoded_tokens) for s in client.of_type(StepTiming)
+    ]
+    assert steps == [(30, 0, 0), (0, 1, 2)]
 
 
 @pytest.mark.parametrize(

@@ -174,17 +174,32 @@ def test_a_thousand_requests_at_once(server: Server) -> None:
 
 
 def test_sigterm_drains(server: Server) -> None:
-    results: list[int] = []
-    asking = threading.Thread(
-        target=lambda: results.append(
-            server.chat("Tell me a story.", max_tokens=60, ignore_eos=True).status_code
-        )
-    )
-    asking.start()
-    eventually(lambda: server.metric("vllm:num_requests_running") == 1)
-    os.kill(server.process.pid, signal.SIGTERM)
+    body = {"model": DEFAULT_MODEL_NAME, "prompt": "Once", "max_tokens": 200, "stream": True}
+    body["ignore_eos"] = True
+    pieces: list[str] = []
+
+    def ask() -> None:
+        url = f"{server.url}/v1/completions"
+        with httpx.stream("POST", url, json=body, timeout=120.0) as stream:
+            pieces.extend(line for line in stream.iter_lines() if line.startswith("data: "))
+
+    asking = threading.Thread(target=ask)
+    with httpx.Client(base_url=server.url) as kept, httpx.Client(base_url=server.url) as probe:
+        kept.get("/v1/models")  # its connection is kept alive from here on
+        asking.start()
+        eventually(lambda: server.metric("vllm:num_requests_running") == 1)
+        os.kill(server.process.pid, signal.SIGTERM)
+        eventually(lambda: probe.get("/health").status_code == 503)
+        for _ in range(3):
+            answer = kept.post("/v1/completions", json=body)
+            assert answer.status_code == 503
+            assert answer.headers["connection"] == "close"
+            assert answer.headers["retry-after"] == "1"
+            assert asking.is_alive(), "the answer ended before the drain was seen"
+            time.sleep(0.5)
     asking.join(60.0)
-    assert results == [200]
+    assert len(pieces) > 100
+    assert pieces[-1] == "data: [DONE]"
     assert server.process.wait(60.0) == 0
     with pytest.raises(psutil.NoSuchProcess):
         server.sidecar()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -132,6 +134,25 @@ def test_one_replica_that_is_replaced_and_not_doubled() -> None:
 def test_the_image(options: tuple[str, ...], image: str) -> None:
     pod = one(render_chart(*options), "Deployment")["spec"]["template"]["spec"]
     assert pod["containers"][0]["image"] == image
+
+
+def test_a_released_chart_names_the_images_that_were_pushed(tmp_path: Path) -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["version"]
+    chart = tmp_path / "charts" / "alise-operator"
+    shutil.copytree(CHART, chart)
+    (script,) = [s["run"] for s in jobs["chart"]["steps"] if s.get("name", "").startswith("Name")]
+    environment = {**os.environ, "REGISTRY": "host/path", "VERSION": f"v{version}"}
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, env=environment, check=True, timeout=60)
+    done = helm("template", "x", str(chart), "--kube-version", "1.34.0")
+    assert done.returncode == 0, done.stderr
+    found = set(re.findall(r"host/path/([a-z-]+):", done.stdout))
+    pushed = jobs["images"]["strategy"]["matrix"]["include"]
+    assert found == {name for group in pushed for name in group["names"].split()}
+    assert f"--engine-image=host/path/engine:{version}" in done.stdout
+    assert f"--engine-cpu-image=host/path/engine-cpu:{version}" in done.stdout
+    assert f"--predictor-image=host/path/sidecar:{version}" in done.stdout
+    assert f'image: "host/path/operator:{version}"' in done.stdout
 
 
 def test_the_operator_knows_the_options_that_the_chart_passes() -> None:

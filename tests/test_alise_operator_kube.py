@@ -36,7 +36,7 @@ def counted(metrics: Metrics) -> dict[tuple[str, str], float]:
     }
 
 
-@pytest.mark.parametrize(("objects", "pages"), [(0, 1), (1, 1), (99, 1), (250, 3)])
+@pytest.mark.parametrize(("objects", "pages"), [(0, 1), (1, 1), (100, 1), (250, 3), (500, 5)])
 def test_a_list_counts_as_its_pages(objects: int, pages: int) -> None:
     requests = []
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from alise_operator.manifests.container import USER_ID
 from alise_operator.manifests.engine import engine_arguments
 from alise_operator.manifests.kinds import HPA, KINDS, LWS, OPTIONAL, SCALED_OBJECT, kind_of
 from alise_operator.manifests.merge import contains, merged
@@ -138,6 +144,66 @@ def test_engine_and_predictor_share_a_socket_and_its_owner() -> None:
         assert "runAsUser" not in container["securityContext"]  # the pod's: the same for both
 
 
+@pytest.fixture
+def volumes() -> Iterator[Path]:
+    """A claim, and an emptyDir as the kubelet makes it: root's, writable for the pod's group."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to run the script as another user than a folder's owner")
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "claim" / "alise").mkdir(parents=True)
+        (folder / "state").mkdir()
+        shutil.chown(folder / "state", 0, USER_ID)
+        (folder / "state").chmod(0o2775)
+        yield folder
+
+
+def seeded(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the seed container's command as the pod's user, on `volumes`."""
+    seed = pod_of(predictor={"modelRef": {"claimName": "c"}})["initContainers"][0]
+    source, target = str(folder / "claim" / "alise"), str(folder / "state")
+    assert seed["args"] == ["/seed/alise", "/var/lib/alise"]
+    python = shutil.which("python3", path=os.defpath)
+    if python is None:
+        pytest.skip("needs a system Python: that of the tests may be closed to other users")
+    return subprocess.run(
+        [python, *seed["command"][1:], source, target],
+        user=USER_ID,
+        group=USER_ID,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_predictor_is_seeded_into_a_folder_that_root_owns(volumes: Path) -> None:
+    trained = volumes / "claim" / "alise"
+    (trained / "more").mkdir()
+    (trained / "samples.sqlite").write_text("trained")
+    (trained / "more" / "file").write_text("too")
+    for path in (trained / "more" / "file", trained / "more"):
+        path.chmod(0o555)  # as on a volume that is only read
+    done = seeded(volumes)
+    assert done.returncode == 0, done.stderr
+    state = volumes / "state"
+    found = {str(p.relative_to(state)) for p in state.rglob("*") if p.is_file()}
+    assert found == {"samples.sqlite", "more/file"}
+    assert (state / "samples.sqlite").read_text() == "trained"
+    assert (state / "samples.sqlite").stat().st_uid == USER_ID
+    # The same once more, as after a restart of the node: what was learned since is newer.
+    (state / "samples.sqlite").write_text("learned")
+    assert seeded(volumes).returncode == 0
+    assert (state / "samples.sqlite").read_text() == "learned"
+
+
+def test_a_seed_that_is_not_there_says_so(volumes: Path) -> None:
+    done = seeded(volumes)
+    assert done.returncode == 1
+    assert "no files in 'alise': predictor.modelRef.path must name the folder" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -190,7 +256,24 @@ def test_a_cpu_service_asks_for_no_accelerator() -> None:
     engine = pod_template(service)["spec"]["containers"][0]
     assert engine["image"] == "alise/engine-cpu:1"
     assert "nvidia.com/gpu" not in engine["resources"]["limits"]
-    assert "--gpu-memory-utilization" not in engine["args"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "share"),
+    [
+        ({}, 12.4 / 23),  # 90% of 16 less 2; the limit also has 2 of /dev/shm and 5 of the tier
+        ({"gpuMemoryUtilizationPercent": 50}, 6 / 23),
+        ({"resources": {"cpu": "4", "memoryGiB": 64}, "shmGiB": 8}, 55.6 / 77),
+        ({"resources": {"cpu": "4", "memoryGiB": 1}}, 0.001),  # vLLM says that it is too little
+    ],
+    ids=["default", "half", "large", "too-little"],
+)
+def test_on_the_cpu_vllm_takes_a_share_of_the_engines_own_memory(
+    fields: dict[str, Any], share: float
+) -> None:
+    engine = engine_of(engine={"accelerator": {"count": 0}, **fields})
+    found = engine["args"][engine["args"].index("--gpu-memory-utilization") + 1]
+    assert float(found) == pytest.approx(share, abs=0.0006)
 
 
 def test_secrets_are_passed_by_reference() -> None:

@@ -16,6 +16,7 @@ from alise_operator.audit import Audit
 from alise_operator.images import DefaultImages
 from alise_operator.kube import NotThereError, RefusedError, UnavailableError
 from alise_operator.leadership import CLUSTER_PEERING, Leadership, leads
+from alise_operator.manifests import engine
 from alise_operator.manifests.kinds import ALISE_SERVICE, KINDS, OPTIONAL, Kind
 from alise_operator.metrics import Metrics
 from alise_operator.optional_apis import OptionalApis
@@ -149,12 +150,94 @@ def test_a_restarted_operator_writes_nothing(world: World) -> None:
 
 def test_an_upgraded_operator_restarts_no_pod(world: World) -> None:
     world.reconcile()
-    newer = World(DefaultImages("engine:2", "cpu:2", "sidecar:2"), world.kube)
+    newer = World(NEWER, world.kube)
     assert newer.reconcile() == []
     newer.user_applies(rollout={"revision": "2"})
     newer.reconcile()
     assert newer.status["resolvedImages"]["engine"] == "engine:2"
     assert "engine:2" in json.dumps(newer.child("Deployment"))
+
+
+NEWER = DefaultImages("engine:2", "cpu:2", "sidecar:2")
+
+
+def upgraded(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A newer operator's view of the same cluster: other default images, another pod template."""
+    monkeypatch.setitem(engine._PATHS, "NEW_IN_TEMPLATE", "1")
+    return World(NEWER, world.kube)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"engine": {"maxModelLen": 5}},
+        {"engine": {"accelerator": {"count": 0}}},
+        {"scheduling": {"preemption": {"enabled": False}}},
+        {"rollout": {"revision": "2"}},
+    ],
+    ids=["engine", "cpu", "preemption", "revision"],
+)
+def test_a_restart_brings_the_new_template_and_the_new_images_together(
+    world: World, monkeypatch: pytest.MonkeyPatch, edit: dict[str, Any]
+) -> None:
+    world.reconcile()
+    newer = upgraded(world, monkeypatch)
+    assert newer.reconcile() == []
+    newer.user_applies(**edit)
+    assert newer.reconcile()[0] == ("status", "")  # pinned before they are used
+    pod = json.dumps(newer.child("Deployment")["spec"]["template"])
+    wanted = "cpu:2" if "accelerator" in edit.get("engine", {}) else "engine:2"
+    assert all(f'"{image}"' in pod for image in (wanted, "sidecar:2", "NEW_IN_TEMPLATE"))
+    images = newer.status["resolvedImages"]
+    assert (images["engine"], images["predictor"]) == (wanted, "sidecar:2")
+    assert newer.reconcile() == []
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [{"replicas": 3}, {"scheduling": {"policy": "FCFS"}}, {"exposure": {"service": {"port": 1}}}],
+    ids=["replicas", "policy", "port"],
+)
+def test_a_change_without_a_restart_adopts_neither(
+    world: World, monkeypatch: pytest.MonkeyPatch, edit: dict[str, Any]
+) -> None:
+    world.reconcile()
+    before = world.child("Deployment")["spec"]["template"]
+    newer = upgraded(world, monkeypatch)
+    newer.user_applies(**edit)
+    assert newer.reconcile()
+    assert newer.child("Deployment")["spec"]["template"] == before
+    assert newer.status["resolvedImages"]["engine"] == IMAGES.engine
+
+
+def test_own_images_stay_and_defaults_come_back_when_they_are_removed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.user_applies(engine={"image": "mine:1"})
+    world.reconcile()
+    newer = upgraded(world, monkeypatch)
+    assert newer.reconcile() == []
+    newer.user_applies(engine={"image": "mine:1", "maxModelLen": 5})
+    newer.reconcile()
+    images = newer.status["resolvedImages"]
+    assert (images["engine"], images["predictor"]) == ("mine:1", "sidecar:2")
+    newer.user_applies(engine={"maxModelLen": 5})
+    newer.reconcile()
+    assert newer.status["resolvedImages"]["engine"] == "engine:2"
+    assert '"engine:2"' in json.dumps(newer.child("Deployment"))
+
+
+def test_while_it_is_paused_images_stay_and_come_with_the_change_after_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.reconcile()
+    newer = upgraded(world, monkeypatch)
+    newer.user_applies(paused=True, engine={"maxModelLen": 5})
+    newer.reconcile()
+    assert newer.status["resolvedImages"]["engine"] == IMAGES.engine
+    newer.user_applies(engine={"maxModelLen": 5})
+    newer.reconcile()
+    assert newer.status["resolvedImages"]["engine"] == "engine:2"
 
 
 def test_images_are_pinned_before_they_are_used(world: World) -> None:

@@ -11,7 +11,7 @@ from alise_operator.manifests.kinds import LWS, SCALED_OBJECT
 from alise_operator.status.failures import failures_of
 from alise_operator.status.observation import Observation, WorkloadState, workload_state
 from alise_operator.status.status import announcements, invalid_status, service_status
-from operator_fixtures import LOADING, RUNNING, pod, view, waiting
+from operator_fixtures import LOADING, ROOT, RUNNING, pod, view, waiting
 
 NOW, LATER = "2026-01-01T00:00:00Z", "2026-01-01T00:05:00Z"
 DOWN = WorkloadState(replicas=1, ready=0, updated=1, is_current=True)
@@ -92,6 +92,82 @@ def test_failures_have_reasons_from_pods(broken: Any, reason: str, text: str) ->
     assert text in found["lastFailure"]["message"]
 
 
+MONDAY, TUESDAY, WEDNESDAY = (f"2025-12-{day}T12:00:00Z" for day in (29, 30, 31))
+# As the kubelet leaves one: what its containers were doing is told no more.
+EVICTED = pod(
+    "qwen-0",
+    phase="Failed",
+    reason="Evicted",
+    message="low on disk",
+    created=MONDAY,
+    conditions=[{"type": "Ready", "status": "False", "lastTransitionTime": TUESDAY}],
+)
+
+
+@pytest.mark.parametrize(
+    ("later", "ready", "degraded"),
+    [
+        (pod(engine=RUNNING, predictor=RUNNING, ready=True, created=TUESDAY), True, None),
+        (pod(engine=LOADING, predictor=RUNNING, created=TUESDAY), False, None),
+        (pod(engine=ended(1, "oops"), predictor=RUNNING, created=TUESDAY), False, "oops"),
+        (
+            pod(
+                conditions=[{"type": "PodScheduled", "status": "False", "message": NO_GPU}],
+                created=TUESDAY,
+            ),
+            False,
+            NO_GPU,
+        ),
+        (pod(created=TUESDAY), False, "low on disk"),
+        (
+            pod(engine=RUNNING, predictor=RUNNING, created="2025-12-28T00:00:00Z"),
+            True,
+            "low on disk",
+        ),
+    ],
+    ids=["serves", "loads", "crashes", "unschedulable", "only-just-made", "older"],
+)
+def test_a_failed_pod_counts_until_it_is_replaced(
+    later: Any, ready: bool, degraded: str | None
+) -> None:
+    found = status(Observation(1, UP if ready else DOWN, (EVICTED, later)))
+    assert verdict(found, "Degraded")[0] == str(degraded is not None)
+    if degraded is None:
+        assert verdict(found, "EngineReady")[0] == str(ready)
+        assert verdict(found, "PredictorReady") == ("True", "PredictorsRun")
+        assert verdict(found, "Progressing")[1] == ("Stable" if ready else "RollingOut")
+    else:
+        assert degraded in message(found, "Degraded")
+        assert ("low on disk" in message(found, "Degraded")) == (degraded == "low on disk")
+    assert found["lastFailure"]["time"] >= TUESDAY
+
+
+def test_the_last_failure_is_the_latest_although_its_pod_is_gone() -> None:
+    good = pod(engine=RUNNING, predictor=RUNNING, ready=True, created=TUESDAY)
+    first = status(Observation(1, UP, (EVICTED, good)))
+    assert (first["lastFailure"]["reason"], first["lastFailure"]["time"]) == ("Evicted", TUESDAY)
+    crash = {"reason": "Error", "exitCode": 1, "message": "oops", "finishedAt": WEDNESDAY}
+    bad = pod(engine={**LOADING, "lastState": {"terminated": crash}}, created=TUESDAY)
+    second = status(Observation(1, DOWN, (EVICTED, bad)), first)
+    assert second["lastFailure"]["message"] == "oops"
+    new = pod("qwen-2", engine=RUNNING, predictor=RUNNING, ready=True, created=NOW)
+    third = status(Observation(2, UP, (EVICTED, new)), second)
+    assert third["lastFailure"] == second["lastFailure"]
+
+
+def test_a_failure_that_goes_on_has_the_time_at_which_it_was_first_seen() -> None:
+    stuck = Observation(1, DOWN, (EVICTED, pod(engine=waiting("ErrImagePull", "no such tag"))))
+    first = status(stuck)
+    assert first["lastFailure"] | {"message": ""} == {
+        "pod": "qwen-1",
+        "container": "engine",
+        "reason": "ImagePullFailed",
+        "message": "",
+        "time": NOW,
+    }
+    assert status(stuck, first, LATER) == first
+
+
 @pytest.mark.parametrize(
     ("starting", "reason"),
     [
@@ -125,6 +201,14 @@ def test_all_is_well() -> None:
     assert found["selector"] == "serving.alise.dev/service=qwen"
     fields = root_schema()["properties"]["status"]["properties"]
     assert found.keys() <= fields.keys()
+
+
+def test_a_predictor_whose_container_runs_is_not_said_to_answer() -> None:
+    good = pod(engine=RUNNING, predictor=RUNNING, ready=True)
+    told = message(status(Observation(1, UP, (good,))), "PredictorReady")
+    assert "whether it answers is told by the engine's metric" in told
+    metrics = (ROOT / "docs" / "metrics.md").read_text()
+    assert f"`{told.rsplit(' ', 1)[1]}`" in metrics
 
 
 def test_a_dead_predictor_degrades_and_does_not_stop_the_service() -> None:

@@ -38,6 +38,7 @@ _DEFAULT_MODEL_OPTIONS = {
     "--max-num-seqs": ["16"],
 }
 ESTIMATE_HEADERS = "alise_engine.estimate_headers.EstimateHeaders"
+DRAINING = "alise_engine.draining.Draining"
 _RESERVED = ("--scheduler-cls",)
 
 logger = logging.getLogger("alise.serve")
@@ -159,7 +160,7 @@ def serve(
             "--alise-drain-s",
             envvar="ALISE_DRAIN_S",
             min=0,
-            help="After SIGTERM, answers in progress get this long to end.",
+            help="After SIGTERM, answers in progress get this long to end; new requests get 503.",
         ),
     ] = 30,
     estimate_headers: Annotated[
@@ -190,13 +191,17 @@ def serve(
             raise typer.BadParameter(
                 f"{name} is set by `alise serve`; use `vllm serve` for another"
             )
-    if not has_option(vllm_arguments, "--shutdown-timeout"):
+    own_drain_s = option_value(vllm_arguments, "--shutdown-timeout")
+    if own_drain_s is None:
         vllm_arguments += ["--shutdown-timeout", str(drain_s)]
+    elif own_drain_s.isdigit():  # vLLM says what is wrong with another
+        drain_s = int(own_drain_s)
     if not has_option(vllm_arguments, "--scheduling-policy"):
         # A request's own `priority` then means a class above our order; all 0 without one.
         vllm_arguments += ["--scheduling-policy", "priority"]
     if estimate_headers:
         vllm_arguments += ["--middleware", ESTIMATE_HEADERS]
+    vllm_arguments += ["--middleware", DRAINING]  # the last one is asked first
     vllm_arguments += _kv_tier_arguments(vllm_arguments, kv_host_gib, kv_quantization)
     with tempfile.TemporaryDirectory(prefix="alise-") as temporary:
         run_dir = shared_dir or Path(temporary)

@@ -1,7 +1,8 @@
 """What the engine tells the sidecar, as plain records, and how they become messages.
 
 The scheduler thread only makes the records (references, no copies of token ids); the stream's
-own thread turns them into protobuf.
+own thread turns them into protobuf. A job whose id (a client may choose it) is longer than the
+contract allows is not told of, so it keeps its place by arrival.
 """
 
 from __future__ import annotations
@@ -56,7 +57,14 @@ _JOBS_PER_SNAPSHOT = 500
 
 
 def to_messages(event: EngineEvent) -> list[pb.Event]:
-    """Return the protobuf events that carry `event`; a snapshot may take several."""
+    """Return the protobuf events that carry `event`; a snapshot may take several.
+
+    None for a job that can't be named.
+    """
+    if isinstance(event, Snapshot):
+        return _snapshot(event)
+    if not isinstance(event, StepTiming) and not _is_nameable(event.job_id):
+        return []
     if isinstance(event, Arrived):
         return [pb.Event(arrived=_arrived(event))]
     if isinstance(event, Progress):
@@ -69,26 +77,30 @@ def to_messages(event: EngineEvent) -> list[pb.Event]:
         ]
     if isinstance(event, Finished):
         return [pb.Event(finished=_finished(event))]
-    if isinstance(event, StepTiming):
-        return [
-            pb.Event(
-                step=pb.StepTiming(
-                    prefill_tokens=event.prefill_tokens,
-                    decode_jobs=event.decode_jobs,
-                    context_tokens=event.context_tokens,
-                    duration_s=event.duration_s,
-                )
+    return [
+        pb.Event(
+            step=pb.StepTiming(
+                prefill_tokens=event.prefill_tokens,
+                decode_jobs=event.decode_jobs,
+                context_tokens=event.context_tokens,
+                duration_s=event.duration_s,
+                decoded_tokens=event.decoded_tokens,
             )
-        ]
-    return _snapshot(event)
+        )
+    ]
+
+
+def _is_nameable(job_id: str) -> bool:
+    return len(job_id) <= protocol.MAX_NAME_CHARS
 
 
 def _snapshot(event: Snapshot) -> list[pb.Event]:
-    starts = range(0, max(len(event.jobs), 1), _JOBS_PER_SNAPSHOT)
+    nameable = [job for job in event.jobs if _is_nameable(job.job_id)]
+    starts = range(0, max(len(nameable), 1), _JOBS_PER_SNAPSHOT)
     progress_of = {item.job_id: item for item in event.progress}
     parts = []
     for start in starts:
-        jobs = event.jobs[start : start + _JOBS_PER_SNAPSHOT]
+        jobs = nameable[start : start + _JOBS_PER_SNAPSHOT]
         parts.append(
             pb.Event(
                 snapshot=pb.Snapshot(
@@ -115,7 +127,7 @@ def _arrived(event: Arrived) -> pb.JobArrived:
             max_tokens=event.max_tokens,
             temperature=event.temperature,
             stop_strings=event.stop_strings,
-            lora_name=event.lora_name,
+            lora_name=event.lora_name[: protocol.MAX_NAME_CHARS],
         ),
     )
 

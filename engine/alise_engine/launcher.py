@@ -21,6 +21,7 @@ from types import FrameType
 
 from alise_scheduler.supervisor import RestartPauses
 
+from alise_engine.draining import DRAIN_FILE
 from alise_engine.kv_tier.layout import Quantization
 from alise_engine.processes import spawn, stop
 from alise_engine.progress import StartDisplay
@@ -31,6 +32,8 @@ logger = logging.getLogger("alise.serve")
 SCHEDULER_CLASS = "alise_engine.scheduler.AliseScheduler"
 SIDECAR_READY_S = 20.0
 _POLL_S = 0.2
+_LAST_REQUESTS_S = 0.5
+"""From turning requests away to the engine's drain: those let in just before get to the engine."""
 _STOP_GRACE_S = 15.0
 _SIDECAR_STOP_S = 10.0
 
@@ -92,11 +95,12 @@ class Launcher:
             signal.signal(number, self._on_signal)
         sidecar: _Sidecar | None = None
         engine: subprocess.Popen[bytes] | None = None
-        with tempfile.TemporaryDirectory(prefix="alise-metrics-") as metrics_dir:
+        with tempfile.TemporaryDirectory(prefix="alise-run-") as folder:
+            drain_file = Path(folder) / "draining"
             try:
                 with StartDisplay() as display:
                     sidecar = self._start_sidecar(display)
-                    engine = self._start_engine(display, metrics_dir)
+                    engine = self._start_engine(display, Path(folder), drain_file)
                     is_ready = self._wait_until_ready(engine, sidecar, display)
                     if not is_ready and self._signal is None:
                         display.failed()
@@ -105,7 +109,7 @@ class Launcher:
                         sidecar.tend()
                     time.sleep(_POLL_S)
             finally:
-                status = self._stop(engine, sidecar)
+                status = self._stop(engine, sidecar, drain_file)
         return 0 if self._signal is not None else status
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
@@ -124,10 +128,16 @@ class Launcher:
             time.sleep(_POLL_S)
         return sidecar
 
-    def _start_engine(self, display: StartDisplay, metrics_dir: str) -> subprocess.Popen[bytes]:
+    def _start_engine(
+        self, display: StartDisplay, folder: Path, drain_file: Path
+    ) -> subprocess.Popen[bytes]:
         display.phase(f"loading {self._plan.model_name}")
         # Makes vLLM's /metrics collect our metrics from the engine's process too.
-        environment = {**self._plan.engine_environment, "PROMETHEUS_MULTIPROC_DIR": metrics_dir}
+        environment = {
+            **self._plan.engine_environment,
+            "PROMETHEUS_MULTIPROC_DIR": str(folder),
+            DRAIN_FILE: str(drain_file),
+        }
         engine = spawn(self._plan.engine_command, environment, stdout=subprocess.PIPE)
         assert engine.stdout is not None
         display.follow(engine.stdout)
@@ -153,11 +163,18 @@ class Launcher:
             time.sleep(_POLL_S)
         return False
 
-    def _stop(self, engine: subprocess.Popen[bytes] | None, sidecar: _Sidecar | None) -> int:
+    def _stop(
+        self,
+        engine: subprocess.Popen[bytes] | None,
+        sidecar: _Sidecar | None,
+        drain_file: Path,
+    ) -> int:
         status = 1
         if engine is not None:
             if engine.poll() is None:
                 logger.info("Draining: up to %.0f s for answers in progress", self._plan.drain_s)
+                drain_file.touch()
+                time.sleep(_LAST_REQUESTS_S)
             status = stop(engine, self._plan.drain_s + _STOP_GRACE_S)
         if sidecar is not None:
             stop(sidecar.process, _SIDECAR_STOP_S)

@@ -21,6 +21,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import KV_FETCH_IN_PROGRESS
 from vllm.v1.request import Request, RequestStatus
 
 from alise_engine import metrics
@@ -61,6 +62,8 @@ _STEP_SMOOTHING = 0.2
 class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped to us
     """vLLM's scheduler, ordered and preempted by the sidecar's priorities."""
 
+    max_num_active_reqs: int  # vLLM's
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = EngineSettings.from_env(os.environ)
@@ -85,10 +88,13 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._no_block_preemption_until_s = 0.0
         self._steps: list[StepTiming] = []
         self._open_step: tuple[float, int, int, int] | None = None
+        self._accepted_drafts = 0  # since a step was closed
         usual_s = RECOMPUTE_MARGIN_S if self._tier is None else SWAP_MARGIN_S
         margin_s = self._settings.margin_s
         self._dispatch = DispatchParameters(usual_s if margin_s is None else margin_s)
         self._step_s = 0.0
+        self._returning: set[str] = set()
+        """Jobs that vLLM loads as it had a slot for them: the slot is kept meanwhile."""
         self._lost_tokens: dict[str, int] = {}  # req_id -> tokens it had when it was preempted
         self._unreported_preemptions = 0
         self._unreported_preempted_tokens = 0
@@ -134,9 +140,13 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             self._steering.prefetch(self._step_s)
             if self._ranked_jobs:
                 self._steering.store_ahead(self._step_s)
+        slots = self.max_num_active_reqs
+        self._returning = {job_id for job_id in self._returning if self._is_loading(job_id)}
+        self.max_num_active_reqs = slots - len(self._returning)
         try:
             output = super().schedule(throttle_prefills)
         finally:
+            self.max_num_active_reqs = slots
             # Held back meanwhile: a victim must not be admitted again in the same step.
             for request in victims:
                 self.waiting.add_request(request)
@@ -180,6 +190,16 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             self._client.send(Preempted(request.request_id, request.num_output_tokens))
         super()._preempt_request(request, timestamp, drop_stale_output=drop_stale_output)
 
+    def _set_kv_fetch_stage(self, request: Request, stage: str | None) -> None:
+        # vLLM says here that it begins to load a job's copy. In the same step it goes on admitting
+        # and would give the slot to the next job. (One that is loaded ahead of its turn has no
+        # slot, and is off the waiting queue by now.)
+        begins = self._client is not None and stage == KV_FETCH_IN_PROGRESS
+        if begins and self.waiting and self.waiting.peek_request() is request:
+            self._returning.add(request.request_id)
+            self.max_num_active_reqs -= 1
+        super()._set_kv_fetch_stage(request, stage)
+
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -192,6 +212,14 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             request, delay_free_blocks
         )
         return result
+
+    def _is_loading(self, job_id: str) -> bool:
+        request = self.requests.get(job_id)
+        return (
+            request is not None
+            and request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+            and job_id not in self.finished_recving_kv_req_ids
+        )
 
     # Estimates in, decisions out.
 
@@ -285,6 +313,9 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
     def _room(self, now_s: float) -> Room:
         pool = self.kv_cache_manager.block_pool
         blocks = pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
+        # Freed ones that a batch in flight may still write come with its end: the candidate gets
+        # them in the next step, and nobody else is preempted meanwhile.
+        blocks += sum(len(freed) for _, freed in self.deferred_frees)
         if now_s < self._no_block_preemption_until_s:
             blocks = pool.num_gpu_blocks
         return Room(slots=self._free_slots(), blocks=blocks, frees_s=self._frees_s())
@@ -302,9 +333,15 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         return self._jobs[request.request_id].is_ranked and self._is_preemptible(request)
 
     def _waiting_jobs(self) -> Iterator[WaitingJob]:
+        adapters = {r.lora_request.lora_int_id for r in self.running if r.lora_request}
         for request in self.waiting:
             if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
                 continue
+            if request.lora_request is not None:
+                adapter = request.lora_request.lora_int_id
+                if adapter not in adapters and len(adapters) >= self.lora_config.max_loras:
+                    continue  # vLLM passes over it, too
+                adapters.add(adapter)
             record = self._jobs[request.request_id]
             yield WaitingJob(
                 job_id=request.request_id,
@@ -330,9 +367,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         )
 
     def _is_preemptible(self, request: Request) -> bool:
-        return bool(
-            request.status == RequestStatus.RUNNING and self._request_blocks_can_be_freed(request)
-        )
+        return bool(request.status == RequestStatus.RUNNING)
 
     # Events out.
 
@@ -380,8 +415,11 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         scheduled = output.num_scheduled_tokens
         if not scheduled or len(self._steps) >= _STEPS_PER_REPORT:
             return
-        decode_jobs = sum(1 for tokens in scheduled.values() if tokens == 1)
-        prefill_tokens = output.total_num_scheduled_tokens - decode_jobs
+        # With drafts to verify, a decoding job has more than one token.
+        drafts = output.scheduled_spec_decode_tokens
+        decoding = [n for job_id, n in scheduled.items() if n == 1 or job_id in drafts]
+        decode_jobs = len(decoding)
+        prefill_tokens = output.total_num_scheduled_tokens - sum(decoding)
         context = sum(self.requests[job_id].num_computed_tokens for job_id in scheduled)
         self._open_step = (now_s, prefill_tokens, decode_jobs, context)
 
@@ -390,11 +428,19 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             return
         began_s, prefill_tokens, decode_jobs, context = self._open_step
         self._open_step = None
+        # With batches in flight, they are those of the batch before.
+        decoded = decode_jobs + self._accepted_drafts if self.num_spec_tokens else 0
+        self._accepted_drafts = 0
         # With nobody running, the time since then includes waiting for a request.
         if self.running:
             step_s = now_s - began_s
-            self._steps.append(StepTiming(prefill_tokens, decode_jobs, context, step_s))
+            self._steps.append(StepTiming(prefill_tokens, decode_jobs, context, step_s, decoded))
             self._step_s += _STEP_SMOOTHING * (step_s - self._step_s)
+
+    def make_spec_decoding_stats(self, stats: Any, *args: Any, **kwargs: Any) -> Any:
+        """Count the drafts that were accepted, and do what vLLM does."""
+        self._accepted_drafts += kwargs["num_accepted_tokens"]
+        return super().make_spec_decoding_stats(stats, *args, **kwargs)
 
     def _client_costs(self) -> Costs:
         assert self._client is not None

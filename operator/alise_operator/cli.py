@@ -19,6 +19,7 @@ from alise_operator.api.reference import reference_markdown
 from alise_operator.images import DefaultImages
 from alise_operator.process import run as run_operator
 from alise_operator.settings import Settings
+from alise_operator.watching import WatchesBrokeError
 
 app = typer.Typer(
     add_completion=False,
@@ -26,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # they show local variables, and so might show a token
     help="The Kubernetes operator: turns ALISEService objects into serving pods.",
 )
+
+_log = logging.getLogger(__name__)
 
 _MAX_PRIORITY = 32767
 
@@ -131,8 +134,12 @@ def run(
         discovery_s=discovery_s,
         audit_s=audit_s,
     )
-    # Not `asyncio.run`, which waits for all tasks: kopf's of watches that broke may never end.
-    asyncio.new_event_loop().run_until_complete(run_operator(settings))
+    try:
+        # Not `asyncio.run`, which waits for all tasks: those of watches that broke may never end.
+        asyncio.new_event_loop().run_until_complete(run_operator(settings))
+    except WatchesBrokeError as error:
+        _log.error("the watches broke; Kubernetes starts this process again: %s", error)
+        raise typer.Exit(1) from error
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Which images a service runs: the user's, or the operator's defaults as first used.
 
 Pure. Defaults are pinned in status, so that an upgrade of the operator, which brings new defaults,
-restarts no pod by itself; `spec.rollout.revision` adopts them.
+restarts no pod by itself. Does not know when pods are restarted anyway, and the pins are given up.
 """
 
 from __future__ import annotations
@@ -25,18 +25,13 @@ class DefaultImages:
 
 
 def resolve_images(
-    spec: ALISEServiceSpec, status: Mapping[str, Any], defaults: DefaultImages
+    spec: ALISEServiceSpec, pinned: Mapping[str, Any], defaults: DefaultImages
 ) -> ResolvedImages:
-    """Return the images of a service whose status so far is `status`."""
-    pinned = status.get("resolvedImages") or {}
-    if pinned.get("revision", "") != spec.rollout.revision:
-        pinned = {}
+    """Return the images of a service; `pinned` is its `status.resolvedImages`, or empty."""
     accelerated = spec.engine.accelerator.count > 0
     engine = defaults.engine if accelerated else defaults.engine_cpu
-    if pinned.get("accelerated", True) == accelerated:
-        engine = pinned.get("engine") or engine
     return ResolvedImages(
-        engine=spec.engine.image or engine,
+        engine=spec.engine.image or pinned.get("engine") or engine,
         predictor=spec.predictor.image or pinned.get("predictor") or defaults.predictor,
         revision=spec.rollout.revision,
         accelerated=accelerated,

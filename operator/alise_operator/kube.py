@@ -21,6 +21,7 @@ from alise_operator.manifests.service_view import MANAGED_BY, MANAGER
 from alise_operator.metrics import Metrics
 
 _CHUNK: Final = 100
+_PAGES_END: Final = object()
 _RETRIED: Final = {408, 409, 429}
 _DEFAULT_RETRY_S: Final = 1.0
 
@@ -109,10 +110,11 @@ class Kube:
             self._resource(kind), namespace=namespace or "*", chunk_size=_CHUNK, labels=labels
         ).__aiter__()
         for index in count():
-            # The other items of a page cost no request. (A full last page counts for two.)
+            # The other items of a page cost no request, and neither does the end after a full one.
+            end = _PAGES_END if index else None
             brings_page = index % _CHUNK == 0
-            item = await self._call("list", kind, anext, pages, None, is_request=brings_page)
-            if item is None:
+            item = await self._call("list", kind, anext, pages, end, is_request=brings_page)
+            if item is end:
                 return
             yield item
 
@@ -158,6 +160,7 @@ class Kube:
         **kwargs: Any,
     ) -> Any:
         code = "none"
+        answer: Any = None
         try:
             answer = await method(*args, **kwargs)
             code = "200"
@@ -167,7 +170,7 @@ class Kube:
         except (httpx.HTTPError, asyncio.TimeoutError, OSError) as error:
             raise UnavailableError(f"{type(error).__name__}: {error}") from error
         finally:
-            if is_request:
+            if is_request and answer is not _PAGES_END:
                 self._metrics.requests.labels(verb, kind.kind, code).inc()
         return answer
 

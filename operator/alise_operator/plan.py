@@ -92,6 +92,16 @@ def plan(service: ServiceView, desired: Iterable[Manifest], live: Collection[Chi
     return Plan(tuple(apply), tuple(stale))
 
 
+def keeps_pods(service: ServiceView, live: Iterable[Child]) -> bool:
+    """Say whether the pods may stay: their workload was applied with the same inputs."""
+    inputs = pod_inputs(service)
+    return any(
+        (child.body["metadata"].get("annotations") or {}).get(INPUTS) == inputs
+        for child in live
+        if child.kind in WORKLOADS
+    )
+
+
 def digest(value: Any) -> str:
     """Return a short hash of a JSON value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))

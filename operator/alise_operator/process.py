@@ -22,7 +22,7 @@ from alise_operator.optional_apis import OptionalApis
 from alise_operator.reconcile import Reconciler
 from alise_operator.settings import Settings
 from alise_operator.store import Key, Store
-from alise_operator.watching import Course, watch_until_stopped
+from alise_operator.watching import run_to_the_end
 from alise_operator.work_queue import RetryLaterError, WorkQueue
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Operator:
         return self.audit.is_healthy and not any(task.done() for task in self._tasks)
 
     async def run(self) -> None:
-        """Run until SIGTERM or SIGINT."""
+        """Run until SIGTERM or SIGINT; raises `WatchesBrokeError`."""
         await self._prepare()
         self._start(self.queue.run(self.settings.workers), "the work queue")
         self._start(self._follow_apis(), "the look for optional APIs")
@@ -84,20 +84,20 @@ class Operator:
             async with endpoints(
                 self.settings.port, self.metrics, lambda: self.is_healthy, self._is_ready.is_set
             ):
-                await watch_until_stopped(self._watch, self._is_ready, self.audit.run_once)
+                await self._watch()
         finally:
             await self._finish()
 
-    async def _watch(self, course: Course) -> None:
+    async def _watch(self) -> None:
         registry, settings = kopf.OperatorRegistry(), kopf.OperatorSettings()
         is_cluster_wide = not self.settings.namespaces
+        is_ending = asyncio.Event()
         configure(settings, is_cluster_wide=is_cluster_wide)
-        register(registry, self.store, self.queue, course.is_ending)
-        await kopf.operator(
+        register(registry, self.store, self.queue, is_ending)
+        watch = kopf.operator(
             registry=registry,
             settings=settings,
-            ready_flag=course.has_begun,
-            stop_flag=course.stop,
+            ready_flag=self._is_ready,
             clusterwide=is_cluster_wide,
             namespaces=self.settings.namespaces,
             standalone=self.settings.peering is None,
@@ -105,6 +105,7 @@ class Operator:
             priority=self.settings.priority,
             identity=self.settings.identity,  # type: ignore[arg-type]
         )
+        await run_to_the_end(watch, is_ending)
 
     def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Run `work` until the operator ends; an end before that is a bug, and unhealthy."""
@@ -187,7 +188,7 @@ class Operator:
 
 
 async def run(settings: Settings) -> None:
-    """Run an operator until it is told to stop."""
+    """Run an operator until it is told to stop; raises `WatchesBrokeError`."""
     client = AsyncClient(timeout=httpx.Timeout(_TIMEOUT_S))
     try:
         await Operator(settings, client).run()

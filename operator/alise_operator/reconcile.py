@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, Final
 
@@ -29,7 +29,7 @@ from alise_operator.manifests.render import render
 from alise_operator.manifests.service_view import ServiceView
 from alise_operator.metrics import Metrics
 from alise_operator.optional_apis import OptionalApis
-from alise_operator.plan import APPLIED, Child, digest, plan
+from alise_operator.plan import APPLIED, Child, digest, keeps_pods, plan
 from alise_operator.status.conditions import SCALED_TO_ZERO
 from alise_operator.status.observation import Observation, WorkloadState, workload_state
 from alise_operator.status.status import (
@@ -98,9 +98,13 @@ class Reconciler:
             status = invalid_status(_readable(error), seen, previous, self.now())
             await self._publish(key, body, previous, status)
             return
-        images = resolve_images(spec, previous, self.images)
+        images = resolve_images(spec, previous.get("resolvedImages") or {}, self.images)
         metadata = body["metadata"]
         service = ServiceView(key.name, key.namespace, metadata["uid"], spec, images)
+        if not keeps_pods(service, self.store.children(key)):
+            # A new template may need what only new images have: they come together.
+            images = resolve_images(spec, {}, self.images)
+            service = replace(service, images=images)
         if previous.get("resolvedImages") != images_status(images) and not spec.paused:
             # Pinned before they are used: a killed operator's successor may have other defaults.
             status = {**previous, "resolvedImages": images_status(images)}

@@ -16,7 +16,9 @@ Invariants (tests/test_alise_engine_kv_tier_decisions.py):
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+_REFUSALS_PER_HOPE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,20 @@ def recompute_s(copy: Copy, costs: CopyCosts) -> float:
 def preemption_s(copy: Copy, costs: CopyCosts) -> float:
     """Return what preempting this very job costs: swapping or recomputing, the cheaper one."""
     return min(swap_s(copy, costs), recompute_s(copy, costs))
+
+
+def hopeful(costs: CopyCosts, refusals: int) -> CopyCosts:
+    """Return the costs to choose by after so many preemptions at which copying seemed too slow.
+
+    Only copies tell how fast copies are: the longer none was made, the faster they are taken to
+    be. Copies that are `k` times too slow are tried once in about `8 (k - 1)` preemptions.
+    """
+    hope = 1 + refusals / _REFUSALS_PER_HOPE
+    return replace(
+        costs,
+        store_s_per_token=costs.store_s_per_token / hope,
+        load_s_per_token=costs.load_s_per_token / hope,
+    )
 
 
 def is_prefetch_due(ewt_s: float, load_s: float, step_s: float, parameters: TierParameters) -> bool:

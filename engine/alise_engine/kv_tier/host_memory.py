@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import torch
 import xxhash
+from vllm.v1.simple_kv_offload.cuda_mem_ops import pin_tensor
 
 
 class HostMemory:
     """`slots` rows of `slot_bytes` bytes."""
 
     def __init__(self, slots: int, slot_bytes: int, *, is_pinned: bool) -> None:
-        self.rows = torch.empty(slots, slot_bytes, dtype=torch.int8, pin_memory=is_pinned)
+        self.rows = torch.empty(slots, slot_bytes, dtype=torch.int8)
         """Shape (slots, slot_bytes), int8."""
+        if is_pinned:
+            # torch's `pin_memory` would round up to a power of two, up to twice the bound.
+            pin_tensor(self.rows)
         self._bytes = self.rows.numpy()
         self._checksums: list[int | None] = [None] * slots
 

@@ -33,13 +33,14 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from alise_engine.kv_tier import metrics
-from alise_engine.kv_tier.decisions import Copy, CopyCosts, recompute_s, swap_s
+from alise_engine.kv_tier.decisions import Copy, CopyCosts, hopeful, recompute_s, swap_s
 from alise_engine.kv_tier.layout import Quantization
 from alise_engine.kv_tier.manager import HostSlots, HostTierManager, tail_key
 from alise_engine.kv_tier.spec import QuantizedOffloadingSpec
 
-_INITIAL_BYTES_PER_S = 1e9
-"""Copy speed before any was measured: slow, so that at first little is stored ahead."""
+_INITIAL_BYTES_PER_S = {"store": 1e9, "load": 1e10}
+"""Copy speed before any was measured: stores are slow, so that at first little is stored ahead;
+loads are fast, so that some are made and measured."""
 _SMOOTHING = 0.2
 _SALT_KEY_BYTES = 64  # the longest key that blake2b takes
 
@@ -74,7 +75,9 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]  # vLLM
         # Rejected drafts leave KV in the last block that is none of the answer's.
         self._keeps_tails = vllm_config.speculative_config is None
         self._is_lossy = spec.settings.quantization == Quantization.INT8
-        self._bytes_per_s = {"store": _INITIAL_BYTES_PER_S, "load": _INITIAL_BYTES_PER_S}
+        self._bytes_per_s = dict(_INITIAL_BYTES_PER_S)
+        self._refusals = 0
+        """Preemptions at which copying seemed too slow, since a load was measured."""
         self._store_jobs: dict[int, TransferJob] = {}  # to go out with the next step
         self._loads: dict[int, _Load] = {}  # job_id -> what is on its way back
         self.prefill_s_per_token = 0.0
@@ -102,8 +105,9 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]  # vLLM
 
     def store_before_preemption(self, request: Request) -> None:
         """Store what is missing of a job that is about to lose its blocks, if that pays."""
-        copy, costs = self.copy_of(request), self.costs()
+        copy, costs = self.copy_of(request), hopeful(self.costs(), self._refusals)
         if swap_s(copy, costs) >= recompute_s(copy, costs):
+            self._refusals += 1
             return
         end = copy.context_tokens // self.block_tokens
         self._store_jobs |= self._store(request, end, is_running=False)
@@ -134,7 +138,7 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]  # vLLM
     ) -> tuple[int | None, bool]:
         """Return how many tokens the host has beyond those on the device, if worth loading."""
         status = self._req_status[request.request_id]
-        costs = self.costs()
+        costs = hopeful(self.costs(), self._refusals)
         is_worthwhile = costs.load_s_per_token < costs.prefill_s_per_token
         if not self.held_tokens(request) or not is_worthwhile:
             for state in status.group_states:
@@ -299,6 +303,8 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]  # vLLM
             measured = stats.bytes / stats.time
             old = self._bytes_per_s[direction]
             self._bytes_per_s[direction] = old + _SMOOTHING * (measured - old)
+            if direction == "load":
+                self._refusals = 0
 
     def _count_lookup(self, request: Request, loaded_tokens: int) -> None:
         """Count one return of a preempted job by what the host had of it."""

@@ -1,8 +1,8 @@
 """The KV tier as vLLM's `OffloadingSpec`: what it holds, for which models, and its two halves.
 
-Serves models whose KV cache is one group of plain attention layers. Others (MLA, sliding windows,
-Mamba and hybrids of these, context parallelism, a quantized KV cache with INT8) are served without
-the tier, and a warning says why.
+Serves models whose KV cache is one group of plain attention layers, all alike. Others (MLA, sliding
+windows, Mamba and hybrids of these, draft models of another shape, pipeline and context
+parallelism, a quantized KV cache with INT8) are served without the tier, and a warning says why.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
-from vllm.v1.kv_offload.base import OffloadingSpec, OffloadingWorker, TransferResult
+from vllm.v1.kv_offload.base import (
+    GPULoadStoreSpec,
+    OffloadingSpec,
+    OffloadingWorker,
+    TransferResult,
+)
 from vllm.v1.kv_offload.config import OffloadingConfig
 
 from alise_engine.kv_tier.layout import Quantization, SlotLayout, slots_within
-from alise_engine.kv_tier.manager import HostTierManager
+from alise_engine.kv_tier.manager import HostSlots, HostTierManager
 from alise_engine.kv_tier.pages import cpu_pages, gpu_pages, stacked
 from alise_engine.kv_tier.worker import STAGING_SLOTS, TierWorker
 
@@ -65,16 +70,25 @@ def read_settings(
 def unsupported_reason(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, quantization: Quantization
 ) -> str | None:
-    """Return why the tier can't serve this model; None when it can."""
+    """Return why the tier can't serve this model; None when it can.
+
+    Scheduler and workers come to the same answer: each asks for itself.
+    """
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         return f"its KV cache has {len(groups)} groups (a hybrid model); one is supported"
+    # One for each shape of layer. The group says so only in workers: for the scheduler vLLM puts
+    # one layer's shape in the place of all.
+    if len(kv_cache_config.kv_cache_tensors) > 1:
+        return "its layers' KV caches differ in shape (a draft model's, for one); one is supported"
     spec = groups[0].kv_cache_spec
     if isinstance(spec, MLAAttentionSpec) or not isinstance(spec, FullAttentionSpec):
         return f"its KV cache is of the kind {type(spec).__name__}; plain attention is supported"
     parallel = vllm_config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         return "context parallelism is on"
+    if parallel.pipeline_parallel_size > 1:
+        return "pipeline parallelism is on, whose stages may differ in layers and so in slots"
     cache_dtype = vllm_config.cache_config.cache_dtype
     if quantization == Quantization.INT8 and cache_dtype not in ("auto", *_DTYPES):
         return (
@@ -148,19 +162,28 @@ class QuantizedOffloadingSpec(OffloadingSpec):  # type: ignore[misc]  # vLLM is 
 
 
 class _NoWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM is untyped to us
-    """Stands where the tier is off: nothing is ever submitted."""
+    """Stands where the tier is off: whatever is asked of it, blocks are computed again."""
 
-    def submit_store(self, *_: Any) -> bool:
-        return False
+    def __init__(self) -> None:
+        self._invalid_blocks: set[int] = set()
+        self._finished: list[TransferResult] = []
 
-    def submit_load(self, *_: Any) -> bool:
-        return False
+    def submit_store(self, job_id: int, *_: Any) -> bool:
+        self._finished.append(TransferResult(job_id, success=True))
+        return True
+
+    def submit_load(self, job_id: int, _: HostSlots, dst_spec: GPULoadStoreSpec) -> bool:
+        self._invalid_blocks.update(dst_spec.block_ids.tolist())
+        self._finished.append(TransferResult(job_id, success=True))
+        return True
 
     def take_invalid_blocks(self) -> set[int]:
-        return set()
+        invalid, self._invalid_blocks = self._invalid_blocks, set()
+        return invalid
 
     def get_finished(self) -> list[TransferResult]:
-        return []
+        finished, self._finished = self._finished, []
+        return finished
 
     def wait(self, *_: Any) -> None:
         return

@@ -97,6 +97,8 @@ class TierSteering:
             request
             for request, ewt_s in zip(queue, self._times(queue), strict=True)
             if request.status == RequestStatus.PREEMPTED
+            # A batch in flight may still deliver its last token, and end it.
+            and not request.num_stale_output_tokens
             and (tokens := self._tier.held_tokens(request)) > 0
             and is_prefetch_due(ewt_s, tokens * load_s_per_token, step_s, self._parameters)
         ]

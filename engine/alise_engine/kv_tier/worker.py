@@ -177,8 +177,6 @@ class TierWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM is untyped to 
     def _on_stream(self) -> AbstractContextManager[Any]:
         if self._stream is None:
             return nullcontext()
-        # After what the model has written, and before what it writes next (see `wait`).
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         stream: AbstractContextManager[Any] = torch.cuda.stream(self._stream)
         return stream
 
@@ -190,6 +188,10 @@ class TierWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM is untyped to 
         return event
 
     def _begin(self, job_id: int, blocks: int, *, is_load: bool) -> _Transfer:
+        if self._stream is not None:
+            # After what the model has written, and before what it writes next (see `wait`). That
+            # wait is none of the copy's time.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         return _Transfer(job_id, is_load, blocks, began=self._mark(), ended=None)
 
     def _end(self, transfer: _Transfer) -> None:

@@ -81,7 +81,9 @@ class EngineSpec(ApiModel):
     max_model_len: Annotated[int, Field(ge=1, le=16777216)] | None = None
     """Longest context in tokens, prompt and answer; by default the model's."""
     gpu_memory_utilization_percent: Annotated[int, Field(ge=10, le=99)] = 90
-    """Share of each accelerator's memory that vLLM takes."""
+    """Share of each accelerator's memory that vLLM takes; on the CPU: of resources.memoryGiB, less
+    2 GiB for the engine's other processes, unless engine.env sets VLLM_CPU_KVCACHE_SPACE (the KV
+    cache in GiB; for the embedded model 2 by default)."""
     parallelism: Parallelism = Parallelism()
     """How one replica is spread over its accelerators."""
     accelerator: Accelerator = Accelerator()

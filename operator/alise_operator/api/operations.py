@@ -58,7 +58,8 @@ class RolloutSpec(ApiModel):
     max_unavailable: Annotated[int, Field(ge=0, le=100)] = 1
     """Pods below replicas during a rollout."""
     revision: Annotated[str, Field(max_length=63)] = ""
-    """Any change restarts all pods, with the operator's present default images."""
+    """Any change restarts all pods; as with every restart that a change of the spec brings, they
+    get the operator's present default images."""
 
 
 class LifecycleSpec(ApiModel):

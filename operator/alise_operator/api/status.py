@@ -14,7 +14,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class ResolvedImages(ApiModel):
-    """Images in use; an upgrade of the operator does not change them."""
+    """Images in use; an upgrade of the operator does not change them by itself."""
 
     engine: Annotated[str, Field(max_length=512)]
     """Image of the engine."""
@@ -32,7 +32,7 @@ class LastFailure(ApiModel):
     pod: Annotated[str, Field(max_length=253)]
     """Pod in which it happened."""
     container: Annotated[str, Field(max_length=253)]
-    """engine, predictor, or empty when the pod itself failed."""
+    """engine, predictor, predictor-seed, or empty when the pod itself failed."""
     reason: Annotated[str, Field(max_length=128)]
     """What happened, in one word, such as OutOfMemory."""
     exit_code: int | None = None
@@ -40,7 +40,7 @@ class LastFailure(ApiModel):
     message: Message = ""
     """Last line of its log, or what the cluster said."""
     time: Time | None = None
-    """When it happened."""
+    """When it happened, or was first seen."""
 
 
 class Condition(ApiModel):

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any, Final
 
+from alise_operator.api.service import ALISEServiceSpec
 from alise_operator.manifests import model
 from alise_operator.manifests.container import (
     CONTAINER_SECURITY,
@@ -25,6 +26,8 @@ PRE_STOP_S: Final = 5
 """Endpoints are updated everywhere in this time; requests still arrive meanwhile."""
 _STARTUP_PERIOD_S: Final = 2
 """Asking costs nothing, and half of it is what a start takes longer on average."""
+_BESIDE_WORKER_GIB: Final = 2
+"""On the CPU: API server, engine core and launcher take 1.1 GiB before the first request."""
 
 # Everything that wants to write somewhere, as the root file system is read-only and the user has
 # no entry in /etc/passwd.
@@ -86,9 +89,7 @@ def engine_arguments(service: ServiceView, *, is_worker: bool = False) -> list[s
     arguments += ["--alise-kv-quantization", spec.kv_swap.quantization]
     if engine.max_model_len is not None:
         arguments += ["--max-model-len", str(engine.max_model_len)]
-    if engine.accelerator.count:
-        share = engine.gpu_memory_utilization_percent / 100
-        arguments += ["--gpu-memory-utilization", f"{share:.2f}"]
+    arguments += ["--gpu-memory-utilization", _memory_share(spec)]
     if engine.parallelism.tensor > 1:
         arguments += ["--tensor-parallel-size", str(engine.parallelism.tensor)]
     if engine.parallelism.pipeline > 1:
@@ -99,6 +100,21 @@ def engine_arguments(service: ServiceView, *, is_worker: bool = False) -> list[s
     arguments += _speculation(service)
     arguments += _group(service, is_worker=is_worker)
     return [*arguments, *engine.args]
+
+
+def _memory_share(spec: ALISEServiceSpec) -> str:
+    """Return the share of a device's memory that vLLM may take, weights and KV cache together.
+
+    On the CPU it is a share of the container's limit, and bounds the worker process alone. Of that
+    limit, /dev/shm and the host tier have their parts, and so have the other processes; what the
+    percentage leaves is for large batches, which vLLM measures on accelerators only.
+    """
+    share = spec.engine.gpu_memory_utilization_percent / 100
+    if spec.engine.accelerator.count:
+        return f"{share:.2f}"
+    worker_gib = spec.engine.resources.memory_gib * share - _BESIDE_WORKER_GIB
+    # vLLM takes no share of 0; one that is too small for the weights ends its start with a message.
+    return f"{max(worker_gib / memory_gib(spec), 0.001):.3f}"
 
 
 def _speculation(service: ServiceView) -> list[str]:

@@ -21,10 +21,23 @@ PREDICTOR: Final = "predictor"
 STATE_DIR: Final = "/var/lib/alise"
 POLICY_DIR: Final = "/etc/alise"
 _POLICY_FILE: Final = "policy.json"
-_SEED: Final = (
-    "import pathlib, shutil, sys; source, target = map(pathlib.Path, sys.argv[1:]); "
-    "shutil.copytree(source, target, dirs_exist_ok=True)"
-)
+# Contents only: the volume's root is root's, so the sidecar's user may not set its mode or times.
+# Each file appears whole, and once: after a restart of the node the sidecar's own is newer.
+_SEED: Final = """\
+import pathlib, shutil, sys
+source, target = map(pathlib.Path, sys.argv[1:])
+files = [path for path in source.rglob("*") if path.is_file()]
+if not files:
+    sys.exit(f"no files in {source.name!r}: predictor.modelRef.path must name the folder that "
+             "`alise predictor train` wrote")
+for path in files:
+    copy = target / path.relative_to(source)
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        part = copy.with_name(copy.name + ".part")
+        shutil.copyfile(path, part)
+        part.replace(copy)
+"""
 
 
 def predictor_container(service: ServiceView) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -12,9 +12,14 @@ from alise_operator.manifests.kinds import LWS
 from alise_operator.manifests.predictor import PREDICTOR
 from alise_operator.status.failures import Failure, failures_of
 from alise_operator.status.observation import Observation
+from alise_operator.status.pods import present_pods
 
 SCALED_TO_ZERO: Final = "ScaledToZero"
 _MAX_MESSAGE: Final = 2048
+_NOT_SEEN_FROM_OUTSIDE: Final = (
+    "their containers run; one that crashes is started again inside of its container, so whether "
+    "it answers is told by the engine's metric alise_engine_sidecar_connected"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,7 @@ def invalid_spec(message: str, seen: Observation) -> tuple[Verdict, ...]:
 
     How many replicas should serve is unknown then, so whether all do is as well.
     """
+    seen = replace(seen, pods=present_pods(seen.pods))
     failures = [failure for pod in seen.pods for failure in failures_of(pod)]
     predictor = [failure for failure in failures if failure.container == PREDICTOR]
     ready = f"{seen.workload.ready} replicas serve, as an earlier spec asked for"
@@ -52,6 +58,7 @@ def invalid_spec(message: str, seen: Observation) -> tuple[Verdict, ...]:
 
 def conditions(spec: ALISEServiceSpec, seen: Observation) -> tuple[Verdict, ...]:
     """Return all verdicts on a valid spec."""
+    seen = replace(seen, pods=present_pods(seen.pods))
     failures = [failure for pod in seen.pods for failure in failures_of(pod)]
     engine = [failure for failure in failures if failure.container != PREDICTOR]
     predictor = [failure for failure in failures if failure.container == PREDICTOR]
@@ -126,7 +133,7 @@ def _predictor_ready(seen: Observation, failures: list[Failure]) -> Verdict:
     if not found:
         return _verdict("PredictorReady", None, "NoPods", "no pod has started a predictor yet")
     if all(state.is_running for state in found):
-        return _verdict("PredictorReady", True, "PredictorsRun")
+        return _verdict("PredictorReady", True, "PredictorsRun", _NOT_SEEN_FROM_OUTSIDE)
     return _verdict("PredictorReady", False, "PredictorStarting", "a predictor is being started")
 
 

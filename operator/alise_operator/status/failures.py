@@ -51,6 +51,7 @@ class Failure:
     message: str
     exit_code: int | None = None
     time: str | None = None
+    """When it happened, as Kubernetes writes times; None: it goes on."""
 
 
 def failures_of(pod: PodState) -> list[Failure]:
@@ -59,17 +60,16 @@ def failures_of(pod: PodState) -> list[Failure]:
         return []
     if pod.unschedulable:
         return [Failure(pod.name, "", "Unschedulable", pod.unschedulable)]
-    if pod.phase == "Failed":
-        return [Failure(pod.name, "", pod.reason or "PodFailed", pod.message)]
+    if pod.has_failed:
+        reason = pod.reason or "PodFailed"
+        return [Failure(pod.name, "", reason, pod.message, time=pod.changed or None)]
     found = [failure for item in pod.containers if (failure := _failure(pod, item))]
     return sorted(found, key=lambda failure: failure.container != ENGINE)
 
 
-def latest(failures: Iterable[Failure]) -> Failure | None:
-    """Return the latest failure that has a time, or else the first."""
-    found = list(failures)
-    timed = [failure for failure in found if failure.time]
-    return max(timed, key=lambda f: f.time or "") if timed else next(iter(found), None)
+def latest(failures: Iterable[Failure], now: str) -> Failure | None:
+    """Return the latest failure; of several that go on `now`, the first."""
+    return max(failures, key=lambda failure: failure.time or now, default=None)
 
 
 def _failure(pod: PodState, container: ContainerState) -> Failure | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,15 @@ class PodState:
     uid: str
     is_ready: bool
     is_ending: bool
-    phase: str
+    has_failed: bool
+    """Whether it failed as a whole: it runs no more, and stays until it is collected as garbage."""
     reason: str
     """Why the pod as a whole failed, such as Evicted."""
     message: str
+    created: str
+    """When it was made, as Kubernetes writes times."""
+    changed: str
+    """When it became ready or ceased to be; before that, when it was made."""
     unschedulable: str
     """Why no node takes it; empty if one did."""
     containers: tuple[ContainerState, ...]
@@ -53,11 +58,23 @@ class PodState:
         return next((item for item in self.containers if item.name == name), None)
 
 
+def present_pods(pods: Collection[PodState]) -> tuple[PodState, ...]:
+    """Return the pods without those that have failed and been replaced.
+
+    A replacement counts once a node has taken it or none does: one that was only just made tells
+    nothing, and may fail like the one before.
+    """
+    living = [pod for pod in pods if not pod.has_failed and (pod.containers or pod.unschedulable)]
+    latest = max((pod.created for pod in living), default="")
+    return tuple(pod for pod in pods if not pod.has_failed or pod.created > latest)
+
+
 def pod_state(body: Mapping[str, Any]) -> PodState:
     """Return what `body` (a core/v1 Pod) says."""
     metadata, status = body["metadata"], body.get("status") or {}
     conditions = {item["type"]: item for item in status.get("conditions") or ()}
-    scheduled = conditions.get("PodScheduled", {})
+    scheduled, ready = conditions.get("PodScheduled", {}), conditions.get("Ready", {})
+    created = metadata.get("creationTimestamp") or ""
     statuses = [
         *(status.get("initContainerStatuses") or ()),
         *(status.get("containerStatuses") or ()),
@@ -65,11 +82,13 @@ def pod_state(body: Mapping[str, Any]) -> PodState:
     return PodState(
         name=metadata["name"],
         uid=metadata["uid"],
-        is_ready=conditions.get("Ready", {}).get("status") == "True",
+        is_ready=ready.get("status") == "True",
         is_ending="deletionTimestamp" in metadata,
-        phase=status.get("phase", "Pending"),
+        has_failed=status.get("phase") == "Failed",
         reason=status.get("reason", ""),
         message=status.get("message", ""),
+        created=created,
+        changed=ready.get("lastTransitionTime") or created,
         unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
         containers=tuple(map(_container_state, statuses)),
     )

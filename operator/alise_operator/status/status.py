@@ -18,6 +18,7 @@ Status: TypeAlias = dict[str, Any]
 
 _MAX_REASON: Final = 128
 _MAX_MESSAGE: Final = 2048
+_IDENTITY: Final = ("pod", "container", "reason")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def service_status(
     """
     spec: ALISEServiceSpec = service.spec
     status: Status = {
-        **_seen(seen, previous),
+        **_seen(seen, previous, now),
         "selector": f"{SERVICE_LABEL}={service.name}",
         "url": url(service),
         "conditions": dated(conditions(spec, seen), previous, now, seen.generation),
@@ -55,13 +56,13 @@ def invalid_status(
 ) -> Status:
     """Return the status of a service whose spec cannot be read, for the reason `message`."""
     verdicts = dated(invalid_spec(message, seen), previous, now, seen.generation)
-    return {**previous, **_seen(seen, previous), "conditions": verdicts}
+    return {**previous, **_seen(seen, previous, now), "conditions": verdicts}
 
 
-def _seen(seen: Observation, previous: Mapping[str, Any]) -> Status:
+def _seen(seen: Observation, previous: Mapping[str, Any], now: str) -> Status:
     """Return the part of the status that follows from pods and workload alone."""
     failures = [failure for pod in seen.pods for failure in failures_of(pod)]
-    last = _last_failure(latest(failures), previous)
+    last = _last_failure(latest(failures, now), previous.get("lastFailure"), now)
     return {
         "observedGeneration": seen.generation,
         "replicas": seen.workload.replicas,
@@ -99,9 +100,11 @@ def dated(
     return list(after.values())
 
 
-def _last_failure(failure: Failure | None, previous: Mapping[str, Any]) -> dict[str, Any] | None:
+def _last_failure(
+    failure: Failure | None, known: dict[str, Any] | None, now: str
+) -> dict[str, Any] | None:
     if failure is None:
-        return previous.get("lastFailure")
+        return known
     found: dict[str, Any] = {
         "pod": failure.pod,
         "container": failure.container,
@@ -110,9 +113,10 @@ def _last_failure(failure: Failure | None, previous: Mapping[str, Any]) -> dict[
     }
     if failure.exit_code is not None:
         found["exitCode"] = failure.exit_code
-    if failure.time is not None:
-        found["time"] = failure.time
-    return found
+    same = known if known and all(known.get(name) == found[name] for name in _IDENTITY) else {}
+    found["time"] = failure.time or same.get("time") or now
+    # The pod of a later one may be gone, while one that failed before is still there.
+    return known if known and known.get("time", "") > found["time"] else found
 
 
 def announcements(previous: Mapping[str, Any], status: Status) -> list[Announcement]:
