@@ -48,7 +48,7 @@ def running(priority: float = 10.0, **changes: object) -> RunningJob:
         pytest.param(waiting(), running(), True, id="short overtakes long"),
         pytest.param(waiting(is_ranked=False), running(), False, id="unranked candidate"),
         pytest.param(waiting(), running(is_ranked=False), False, id="unranked victim"),
-        pytest.param(waiting(), running(is_preemptible=False), False, id="blocks in flight"),
+        pytest.param(waiting(), running(is_preemptible=False), False, id="not running"),
         pytest.param(waiting(8.0), running(10.0), False, id="within the margin"),
         pytest.param(waiting(6.9), running(10.0), True, id="just beyond margin and cost"),
         pytest.param(waiting(), running(preemption_s=4.9), False, id="costs more than it brings"),
