@@ -308,7 +308,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         # A job that holds KV blocks (it is being restored) is admitted before all others.
         holding = len(self.kv_holding_waiting)
         taken: int = len(self.running) + holding + self.num_waiting_for_streaming_input
-        return int(self.max_num_active_reqs) - taken
+        return self.max_num_active_reqs - taken
 
     def _room(self, now_s: float) -> Room:
         pool = self.kv_cache_manager.block_pool

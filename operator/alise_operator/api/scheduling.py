@@ -59,7 +59,7 @@ class KvSwapSpec(ApiModel):
 class Retrain(ApiModel):
     """Online learning of answer lengths."""
 
-    max_samples: Annotated[int, Field(ge=100, le=1000000)] = 20000
+    max_samples: Annotated[int, Field(ge=100, le=1000000)] = 8000
     """Finished jobs kept to learn from."""
 
 
