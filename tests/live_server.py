@@ -60,7 +60,7 @@ class Server:
         return content
 
     def metric(self, name: str) -> float:
-        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
+        for line in httpx.get(f"{self.url}/metrics", timeout=60.0).text.splitlines():
             if line.startswith(name) and line[len(name)] in " {":
                 return float(line.rpartition(" ")[2])
         raise AssertionError(f"no metric {name}")

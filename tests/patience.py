@@ -9,7 +9,7 @@ from typing import TypeVar
 Found = TypeVar("Found")
 
 
-def eventually(condition: Callable[[], Found], patience_s: float = 60.0) -> Found:
+def eventually(condition: Callable[[], Found], patience_s: float = 300.0) -> Found:
     """Return the first true value of `condition`; fails without one in `patience_s`."""
     deadline_s = time.monotonic() + patience_s
     while not (found := condition()):

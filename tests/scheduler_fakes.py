@@ -171,7 +171,7 @@ class EngineStream:
         await self.call.write(pb.EngineMessage(sequence=self.sequence, events=events))
 
     async def read(self) -> pb.SidecarMessage:
-        message = await asyncio.wait_for(self.call.read(), 20)
+        message = await asyncio.wait_for(self.call.read(), 120)
         if message is grpc.aio.EOF:
             await self.call  # raises what ended the stream
             raise EOFError

@@ -25,7 +25,7 @@ from alise_scheduler.v1 import scheduler_pb2 as pb
 from alise_scheduler.v1 import scheduler_pb2_grpc as pb_grpc
 from patience import eventually
 
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 
 
 def hello(version: int = protocol.PROTOCOL_VERSION) -> pb.Hello:

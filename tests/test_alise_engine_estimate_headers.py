@@ -73,7 +73,7 @@ def post(
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post(path, json=body, headers=headers)
 
-    return asyncio.run(asyncio.wait_for(post(), 30))
+    return asyncio.run(asyncio.wait_for(post(), 120))
 
 
 def alise(response: httpx.Response) -> dict[str, str]:
@@ -187,12 +187,12 @@ def test_without_a_sidecar_or_with_a_slow_one_the_answer_is_hardly_late(
 ) -> None:
     monkeypatch.setenv("ALISE_SCHEDULER", f"unix://{tmp_path}/nobody.sock")
     vllm = FakeVllm()
-    vllm.tokenize_s = 5.0
+    vllm.tokenize_s = 60.0
     began_s = time.monotonic()
     answer = post(vllm, CHAT, ASK)
     assert answer.text == "one two three"
     assert not alise(answer)
-    assert time.monotonic() - began_s < 3.0  # and not the 5 of the tokenizer
+    assert time.monotonic() - began_s < 30.0  # and not the 60 of the tokenizer
 
 
 def test_before_the_first_model_nothing_is_said(

@@ -49,7 +49,7 @@ def server(ports: tuple[int, int], tmp_path_factory: pytest.TempPathFactory) -> 
         server = Server(command, folder / "log", ports[0])
     try:
         server.wait_until_ready()
-        eventually(server.is_connected, 60.0)
+        eventually(server.is_connected)
         yield server
     finally:
         server.stop()

@@ -149,4 +149,4 @@ def test_a_running_sidecar_follows_the_file(tmp_path: Path) -> None:
             async with engine(target, engine_id="engine-2") as stream:
                 assert stream.received[0].welcome.policy == "boost"
 
-    asyncio.run(asyncio.wait_for(scenario(), 60))
+    asyncio.run(asyncio.wait_for(scenario(), 240))

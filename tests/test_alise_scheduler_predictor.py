@@ -272,7 +272,7 @@ def test_a_dying_trainer_is_survived(table: Path, monkeypatch: pytest.MonkeyPatc
         predictor.close()
 
 
-def _wait_for(condition: object, timeout_s: float = 60.0) -> None:
+def _wait_for(condition: object, timeout_s: float = 240.0) -> None:
     assert callable(condition)
     deadline_s = time.monotonic() + timeout_s
     while not condition():

@@ -39,7 +39,7 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 
 def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 60))
+    return asyncio.run(asyncio.wait_for(coroutine, 240))
 
 
 def free_port() -> int:

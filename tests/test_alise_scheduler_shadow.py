@@ -144,11 +144,11 @@ def test_the_sidecar_says_what_fcfs_would_have_done(tmp_path: Path) -> None:
             engine.send(pb.Event(arrived=job), pb.Event(finished=end))
 
         def shadow() -> dict[str, float] | None:
-            with urllib.request.urlopen(engine.url + "/api/v1/status", timeout=20) as answer:
+            with urllib.request.urlopen(engine.url + "/api/v1/status", timeout=120) as answer:
                 found: dict[str, float] | None = json.loads(answer.read())["shadow"]
                 return found
 
         found = eventually(lambda: (s := shadow()) and s["jobs"] == 80 and s)
         assert found["mean_jct_ratio"] == pytest.approx(1.0, abs=0.05)
-        with urllib.request.urlopen(engine.url + "/metrics", timeout=20) as answer:
+        with urllib.request.urlopen(engine.url + "/metrics", timeout=120) as answer:
             assert 'alise_shadow_ratio{measure="p99_jct"}' in answer.read().decode()

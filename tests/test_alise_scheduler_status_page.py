@@ -67,7 +67,7 @@ def page(browser: Any) -> Iterator[Any]:
 
 
 def expect(page: Any, selector: str, text: str) -> None:
-    sync_api.expect(page.locator(selector)).to_contain_text(text, timeout=20_000)
+    sync_api.expect(page.locator(selector)).to_contain_text(text, timeout=60_000)
 
 
 def test_it_follows_the_queue(page: Any, tmp_path: Path) -> None:
