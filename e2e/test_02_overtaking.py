@@ -28,11 +28,20 @@ def burst(service: str, *kinds: tuple[str, int]) -> list[dict[str, Any]]:
 
 
 def overtakings(service: str) -> tuple[int, int]:
-    """Return in how many pairs a short one, which came later, clearly began first; of how many."""
-    long = burst(service, *[_LONG] * 2 * _SLOTS, *[_SHORT] * 8)
-    waiting, short = long[_SLOTS : 2 * _SLOTS], long[2 * _SLOTS :]
-    pairs = list(itertools.product(waiting, short))
-    overtaken = [late["first_s"] < early["first_s"] - _LEAD_S for early, late in pairs]
+    """Return in how many pairs a shorter one, which came later, clearly began first; of how many.
+
+    Not all answers are as long as they were meant to be: pairs are those of a later one that came
+    out less than half as long.
+    """
+    sent = burst(service, *[_LONG] * 2 * _SLOTS, *[_SHORT] * 8)
+    waiting, late = sent[_SLOTS : 2 * _SLOTS], sent[2 * _SLOTS :]
+    pairs = [
+        (early, later)
+        for early, later in itertools.product(waiting, late)
+        if 2 * later["pieces"] < early["pieces"]
+    ]
+    overtaken = [later["first_s"] < early["first_s"] - _LEAD_S for early, later in pairs]
+    print(f"\n{sum(overtaken)} of {len(pairs)} overtaken")
     return sum(overtaken), len(pairs)
 
 
@@ -61,6 +70,7 @@ def test_short_ones_overtake_with_predictions_and_not_with_fcfs(trained: str) ->
     boosts, predictions = "alise_boost_seconds_count", 'alise_predictions_total{result="quantiles"}'
     before = metric(pod, boosts), metric(pod, predictions)
     overtaken, of = overtakings(trained)
+    assert of >= 16
     assert overtaken > of / 2
     assert metric(pod, boosts) > before[0]
     assert metric(pod, predictions) >= before[1] + 2 * _SLOTS + 8

@@ -17,9 +17,9 @@ from cluster import (
     wait_replaced,
 )
 
-# Blocks for about three of the answers below, and a tier for one more (16 blocks of 380 kB, half of
-# them for copies under way): both are full in seconds.
-_TIER_GIB = 0.006
+# Blocks for about three of the answers below, and a tier for less than one more (12 blocks of 380 kB,
+# 8 of them for copies under way): both are full in seconds.
+_TIER_GIB = 0.0045
 _PRESSED = [
     *("--block-size", "32", "--num-gpu-blocks-override", "20", "--max-num-seqs", "6"),
     *("--max-model-len", "512", "--alise-kv-host-gib", str(_TIER_GIB)),
