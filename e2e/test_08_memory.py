@@ -17,8 +17,8 @@ from cluster import (
     wait_replaced,
 )
 
-# Blocks for about three of the answers below, and a tier for less than one more (12 blocks of 380 kB,
-# 8 of them for copies under way): both are full in seconds.
+# Blocks for about three of the answers below, and a tier for less than one more (12 blocks of
+# 380 kB, 8 of them for copies under way): both are full in seconds.
 _TIER_GIB = 0.0045
 _PRESSED = [
     *("--block-size", "32", "--num-gpu-blocks-override", "20", "--max-num-seqs", "6"),
