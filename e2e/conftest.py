@@ -88,6 +88,8 @@ def client(operator: None) -> str:
         "name": CLIENT,
         "image": image("engine"),  # vLLM brings the OpenAI client along
         "command": ["sleep", "infinity"],
+        # Without a share of its own it would starve beside busy engines, and send no burst.
+        "resources": {"requests": {"cpu": "500m"}},
         "securityContext": CONTAINER_SECURITY,
     }
     pod = {"terminationGracePeriodSeconds": 0, "containers": [container]}
