@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -381,6 +382,25 @@ def running(operator: OperatorProcess) -> Iterator[OperatorProcess]:
         raise
     finally:
         operator.stop()
+
+
+@contextmanager
+def restarted(operator: OperatorProcess) -> Iterator[None]:
+    """Start the operator again whenever it fails, as the kubelet does."""
+    stopping = threading.Event()
+
+    def restart() -> None:
+        while not stopping.wait(0.2):
+            if operator.process is not None and operator.process.poll() == 1:
+                operator.start(wait=False)
+
+    kubelet = threading.Thread(target=restart)
+    kubelet.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        kubelet.join()
 
 
 def render_chart(*options: str, release: str = "alise") -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from operator_cluster import (
     OperatorProcess,
     Service,
     eventually,
+    restarted,
     running,
 )
 from operator_fixtures import example, service_body
@@ -30,7 +31,8 @@ def operator(
     crd: Cluster, operator_kubeconfig: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[OperatorProcess]:
     folder = tmp_path_factory.mktemp("operator")
-    with running(OperatorProcess(operator_kubeconfig, folder, "--peering", "alise-operator")) as it:
+    process = OperatorProcess(operator_kubeconfig, folder, "--peering", "alise-operator")
+    with running(process) as it, restarted(it):
         yield it
 
 
@@ -367,6 +369,8 @@ def test_a_replica_over_nodes_needs_the_leader_worker_set(
 
 
 def test_graceful_shutdown_and_health(operator: OperatorProcess) -> None:
+    # It may have ended when the test before removed an API, and is started again then.
+    eventually(lambda: operator.get("readyz").status_code == 200)
     assert operator.get("healthz").status_code == 200
     assert "alise_operator_reconciles_total" in operator.get("metrics").text
     # kopf may show one of its own, when an API goes away under its watch.
