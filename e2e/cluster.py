@@ -98,6 +98,14 @@ def wait_ready(service: str) -> None:
         time.sleep(1)
 
 
+def wait_connected(pod: dict[str, Any]) -> None:
+    """Wait until a pod's engine streams to its sidecar, and so is learned from.
+
+    An engine that has just started first makes its token table, at the lowest priority.
+    """
+    eventually(lambda: metric(pod, "alise_sessions") >= 1, "the engine is connected", 120)
+
+
 def in_pod(pod: str, container: str, code: str, *arguments: str, wait_s: float = _COMMAND_S) -> str:
     """Run Python code in a container: all images have Python, none has curl or ps."""
     command = ("exec", "-i", pod, "-c", container, "--", "python3", "-", *arguments)

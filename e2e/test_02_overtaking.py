@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 import pytest
-from cluster import chat, eventually, metric, patch, pods, sidecar_document
+from cluster import chat, eventually, metric, patch, pods, sidecar_document, wait_connected
 
 _SLOTS = 16  # of the embedded model's default
 _LEAD_S = 1.0  # jobs that are admitted in one step have their first tokens together, in any order
@@ -50,8 +50,7 @@ def trained(smol: str) -> str:
     """Have the sidecar learn from answers to both kinds of prompts."""
 
     (pod,) = pods(smol)
-    # An engine that has just started first makes its token table, at the lowest priority.
-    eventually(lambda: metric(pod, "alise_sessions") >= 1, "the engine is connected", 120)
+    wait_connected(pod)
 
     def is_trained() -> bool:
         return metric(pod, "alise_model_version") >= 1

@@ -16,6 +16,7 @@ from cluster import (
     pods,
     restarts,
     run,
+    wait_connected,
     wait_ready,
     wait_replaced,
 )
@@ -52,8 +53,7 @@ def samples(service: str) -> float:
 
 def test_a_sidecar_that_dies_costs_no_request_and_forgets_nothing(smol: str) -> None:
     (pod,) = pods(smol)
-    # An engine that has just started first makes its token table, at the lowest priority.
-    eventually(lambda: metric(pod, "alise_sessions") >= 1, "the engine is connected", 120)
+    wait_connected(pod)
     chat(smol, "--requests", "3")
     eventually(lambda: samples(smol) >= 3, "answers are samples", 60)
     before = samples(smol)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import pytest
 from alise_engine.default_model import DEFAULT_MODEL_NAME
 from patience import eventually
 
@@ -79,3 +82,17 @@ class Server:
     def stop(self) -> int:
         self.process.terminate()
         return self.process.wait(120.0)
+
+
+@contextmanager
+def serving(command: list[str], log: Path, port: int) -> Iterator[Server]:
+    """Run `alise serve` without the network; yields when its sidecar is connected."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        server = Server(command, log, port)
+    try:
+        server.wait_until_ready()
+        eventually(server.is_connected)
+        yield server
+    finally:
+        server.stop()

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from alise_engine.default_model import DEFAULT_MODEL_NAME
-from live_server import Server, free_port
+from live_server import Server, free_port, serving
 from patience import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -34,15 +34,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # 20 blocks of 32 tokens: for about three of the answers below.
     command += ["--max-num-seqs", "6", "--max-model-len", "512", "--num-gpu-blocks-override", "20"]
     command += ["--block-size", "32", "--alise-kv-host-gib", "0.02"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        server = Server(command, folder / "log", port)
-    try:
-        server.wait_until_ready()
-        eventually(server.is_connected)
+    with serving(command, folder / "log", port) as server:
         yield server
-    finally:
-        server.stop()
 
 
 def complete(server: Server, **options: Any) -> dict[str, Any]:

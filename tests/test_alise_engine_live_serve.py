@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from alise_engine.default_model import DEFAULT_MODEL_NAME, ensure_default_model
-from live_server import Server, free_port
+from live_server import Server, free_port, serving
 from patience import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -44,15 +44,8 @@ def server(ports: tuple[int, int], tmp_path_factory: pytest.TempPathFactory) -> 
     command = [sys.executable, "-m", "alise_scheduler", "serve", "--port", str(ports[0])]
     command += ["--alise-state-dir", str(folder / "state"), "--alise-estimate-headers"]
     command += ["--alise-metrics-port", str(ports[1])]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        server = Server(command, folder / "log", ports[0])
-    try:
-        server.wait_until_ready()
-        eventually(server.is_connected)
+    with serving(command, folder / "log", ports[0]) as server:
         yield server
-    finally:
-        server.stop()
 
 
 def body(prompt: str, **options: Any) -> dict[str, Any]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from alise_scheduler.evaluation import Conversation
+from alise_scheduler.evaluation import Conversation, split
 from alise_scheduler.lengths import QUANTILE_LEVELS
 from alise_scheduler.predictor import Outcome, Predictor, PredictorSettings
 from alise_scheduler.quality import tau_b
 
 _MEDIAN: Final = QUANTILE_LEVELS.index(0.5)
+_TRAIN_SHARE: Final = 0.7  # as `alise predictor evaluate` has it
 RECOVERED_WITHIN: Final = 0.05
 RECOVERED_AFTER_JOBS: Final = 500
 
@@ -53,13 +54,6 @@ def new_predictor(table: Path) -> Predictor:
     return predictor
 
 
-def split(conversations: Sequence[Conversation], seed: int) -> tuple[list[Any], list[Any]]:
-    """Return 70% to learn from and 30% to score, as `alise predictor evaluate` does."""
-    order = np.random.default_rng(seed).permutation(len(conversations))
-    cut = int(0.7 * len(order))
-    return [conversations[i] for i in order[:cut]], [conversations[i] for i in order[cut:]]
-
-
 def finish_all(
     name: str,
     seed: int,
@@ -87,11 +81,11 @@ def learning_curves(
     "fresh" starts on `then` from nothing; "switched" has learned `first` before.
     """
     predictor = new_predictor(table)
-    curves = [finish_all("first", seed, predictor, *split(first, seed))]
+    curves = [finish_all("first", seed, predictor, *split(first, _TRAIN_SHARE, seed))]
     if then:
         curves += [
-            finish_all("switched", seed, predictor, *split(then, seed)),
-            finish_all("fresh", seed, new_predictor(table), *split(then, seed)),
+            finish_all("switched", seed, predictor, *split(then, _TRAIN_SHARE, seed)),
+            finish_all("fresh", seed, new_predictor(table), *split(then, _TRAIN_SHARE, seed)),
         ]
     return curves
 

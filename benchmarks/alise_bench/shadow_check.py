@@ -42,18 +42,12 @@ def check_shadow(folder: Path, kv_tokens: int) -> list[ShadowCheck]:
     """
     slots = int(load_plan(folder)["settings"]["slots"])
     runs = load_runs(folder)
-    by_id = {run.id: run for run in runs}
+    fcfs_runs = {
+        (run.id.rate_per_s, run.id.repeat): run for run in runs if run.id.system is System.FCFS
+    }
     checks = []
     for run in runs:
-        fcfs = next(
-            (
-                other
-                for other in by_id.values()
-                if other.id.system is System.FCFS
-                and (other.id.rate_per_s, other.id.repeat) == (run.id.rate_per_s, run.id.repeat)
-            ),
-            None,
-        )
+        fcfs = fcfs_runs.get((run.id.rate_per_s, run.id.repeat))
         if fcfs is None:
             raise BenchError(f"{folder}: there is no run of fcfs beside {run.id.name}")
         pairs = shadow_pairs(_rows(run), Introduction("", slots, kv_tokens, block_tokens=16))

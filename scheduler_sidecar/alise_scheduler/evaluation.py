@@ -101,6 +101,15 @@ def trained_on(
     return predictor
 
 
+def split(
+    conversations: Sequence[Conversation], train_share: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Return what to train on and what to test on, in a random order of this seed."""
+    order = np.random.default_rng(seed).permutation(len(conversations))
+    cut = int(train_share * len(order))
+    return [conversations[i] for i in order[:cut]], [conversations[i] for i in order[cut:]]
+
+
 def evaluate(
     conversations: Sequence[Conversation],
     table: Path | None,
@@ -116,12 +125,11 @@ def evaluate(
     """
     splits = []
     for seed in range(seeds):
-        order = np.random.default_rng(seed).permutation(len(conversations))
-        cut = int(train_share * len(order))
-        predictor = trained_on([conversations[i] for i in order[:cut]], table, change=change)
+        train, test = split(conversations, train_share, seed)
+        predictor = trained_on(train, table, change=change)
         if predictor.model_version == 0:
-            raise NoModelError(f"{cut} conversations to train on gave no model")
-        splits.append(_score(predictor, [conversations[i] for i in order[cut:]]))
+            raise NoModelError(f"{len(train)} conversations to train on gave no model")
+        splits.append(_score(predictor, test))
         on_split()
     return Report(
         train_jobs=int(train_share * len(conversations)),
