@@ -82,7 +82,8 @@ def test_streams_stay_streams(server: Server) -> None:
 
 def test_the_status_is_the_engines(server: Server, ports: tuple[int, int]) -> None:
     def status() -> dict[str, Any]:
-        found: dict[str, Any] = httpx.get(f"http://127.0.0.1:{ports[1]}/api/v1/status").json()
+        page = httpx.get(f"http://127.0.0.1:{ports[1]}/api/v1/status", timeout=60.0)
+        found: dict[str, Any] = page.json()
         return found
 
     before = status()["since_start"]["finished"]
@@ -103,5 +104,5 @@ def test_the_status_is_the_engines(server: Server, ports: tuple[int, int]) -> No
     after = eventually(lambda: (s := status())["since_start"]["finished"] == before + 20 and s)
     assert after["jobs"]["running"] == 0
     # With what the engine has told, the shadow runs; 50 jobs are more than a test waits for here.
-    page = httpx.get(f"http://127.0.0.1:{ports[1]}/metrics").text
+    page = httpx.get(f"http://127.0.0.1:{ports[1]}/metrics", timeout=60.0).text
     assert "alise_shadow_jobs 0.0" in page

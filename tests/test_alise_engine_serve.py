@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -100,9 +101,8 @@ def test_bad_input_gets_vllms_own_errors(server: Server) -> None:
     response = server.chat("Hi", max_tokens=-1)
     assert response.status_code == 400
     assert "max_tokens" in response.json()["error"]["message"]
-    unknown = httpx.post(
-        f"{server.url}/v1/completions", json={"model": "no such model", "prompt": "x"}
-    )
+    body = {"model": "no such model", "prompt": "x"}
+    unknown = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60.0)
     assert unknown.status_code == 404
 
 
@@ -178,7 +178,8 @@ def test_sigterm_drains(server: Server) -> None:
     body = {"model": DEFAULT_MODEL_NAME, "prompt": "Once", "max_tokens": 400}
     body["ignore_eos"] = True
     url = f"{server.url}/v1/completions"
-    with httpx.Client(base_url=server.url) as kept, httpx.Client(base_url=server.url) as probe:
+    client = partial(httpx.Client, base_url=server.url, timeout=60.0)
+    with client() as kept, client() as probe:
         kept.get("/v1/models")  # its connection is kept alive from here on
         with httpx.stream("POST", url, json={**body, "stream": True}, timeout=300.0) as stream:
             assert stream.status_code == 200, stream.read()
