@@ -73,6 +73,7 @@ def test_run_counts_failures_and_leaves_them_out() -> None:
     assert metrics.duration_s == 10.0
     assert metrics.tokens_per_s == pytest.approx(6 / 10)
     assert metrics.max_wait_s == 1.0
+    assert metrics.itl_p50_s == 1.75  # of 0.5, 0.5, 3 and 7 s
     assert metrics.jct_s.mean == pytest.approx((5 + 8) / 2)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -56,9 +57,14 @@ def normalized_latency_s(row: RequestRow) -> float:
     return jct_s(row) / row.output_tokens
 
 
+def inter_token_s(row: RequestRow) -> list[float]:
+    """Return the times between an answer's tokens, one fewer than there are tokens."""
+    return [after - before for before, after in pairwise(row.token_s)]
+
+
 def longest_gap_s(row: RequestRow) -> float:
     """Return the longest time between two tokens of the answer; 0 for one token."""
-    return max((b - a for a, b in zip(row.token_s, row.token_s[1:], strict=False)), default=0.0)
+    return max(inter_token_s(row), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +117,9 @@ class RunMetrics:
     jct_s: Spread
     tpot_s: Spread
     normalized_latency_s: Spread
+    itl_p50_s: float
+    """Median over all tokens of the time since the one before. A step's typical time: where it
+    differs between systems at the same load, the machine's speed did (TPOT has pauses in it)."""
     longest_gap_s: Spread
     max_wait_s: float
     """The longest TTFT."""
@@ -153,6 +162,7 @@ def run_metrics(
         jct_s=spread([jct_s(row) for row in good]),
         tpot_s=spread(tpots),
         normalized_latency_s=spread([normalized_latency_s(row) for row in good]),
+        itl_p50_s=spread([gap for row in good for gap in inter_token_s(row)]).p50,
         longest_gap_s=spread([longest_gap_s(row) for row in good]),
         max_wait_s=max((ttft_s(row) for row in good), default=math.nan),
         slowdown_longest_decile=slowdown_longest_decile(good, unloaded_s_per_token),

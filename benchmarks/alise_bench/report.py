@@ -35,6 +35,7 @@ _COLUMNS: Final = (
     ("ttft_s.mean", "TTFT mean", "s", 2),
     ("ttft_s.p99", "TTFT p99", "s", 2),
     ("tpot_s.mean", "TPOT mean", "s", 3),
+    ("itl_p50_s", "ITL p50", "s", 3),
     ("longest_gap_s.p99", "token gap p99", "s", 2),
     ("max_wait_s", "max wait", "s", 1),
     ("slowdown_longest_decile", "slowdown, longest 10%", "x", 2),
