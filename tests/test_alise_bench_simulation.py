@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from alise_bench.simulation.profiles import (
     save_profile,
 )
 from alise_bench.simulation.systems import ALISE, FCFS, SYSTEMS
+from alise_bench.simulation.tables import systems_table
 from alise_bench.simulation.what_if import parse_objective, replicas_needed
 from alise_bench.simulation.workload import (
     capacity_per_s,
@@ -38,6 +41,7 @@ from alise_bench.systems import System
 from alise_scheduler.cost_model import StepCost
 from alise_scheduler.predictor import PromptInput
 from alise_scheduler.replica import Hardware, Outcome, SimulatedRequest
+from rich.console import Console
 from typer.testing import CliRunner
 
 HARDWARE = Hardware(StepCost(0.04, 2e-4, 1.4e-3), slots=16, kv_tokens=200_000)
@@ -255,6 +259,17 @@ def test_the_command_compares_and_answers_what_if(tmp_path: Path) -> None:
     ended = CliRunner().invoke(app, [*line, "--systems", "lottery"])
     assert ended.exit_code == 1
     assert "no 'lottery'; allowed: fcfs" in ended.output
+
+
+def test_the_table_writes_numbers_out_where_columns_are_narrow() -> None:
+    metrics = metrics_of(simulate(FCFS, at_load(0.5, 10), PROFILE, sigma=0.0))
+    metrics = replace(metrics, preemptions=30812.0)
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(systems_table({"fcfs": metrics, "alise": replace(metrics, ttft_p99_s=5812.4)}))
+    text = console.export_text()
+    assert "30,812" in text
+    assert "5,812" in text
+    assert "…" not in text
 
 
 def test_what_is_carried_has_the_latency_that_was_asked_for() -> None:

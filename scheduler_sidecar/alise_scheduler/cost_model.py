@@ -119,6 +119,8 @@ class CostModel:
     _steps: deque[StepTiming] = field(init=False)
     _load: deque[StepTiming] = field(default_factory=lambda: deque(maxlen=_LOAD_STEPS))
     _unfitted: int = 0
+    _rates: ServiceRates | None = None
+    """Of the load and fit as they are; asked for far more often than either changes."""
 
     def __post_init__(self) -> None:
         self._steps = deque(maxlen=self.window_steps)
@@ -128,6 +130,7 @@ class CostModel:
         if step.duration_s <= 0 or not (step.prefill_tokens or step.decode_jobs):
             return
         self._steps.append(step)
+        self._rates = None
         if step.decode_jobs:
             self._load.append(step)
         self._unfitted += 1
@@ -139,6 +142,11 @@ class CostModel:
 
         With speculative decoding a step gives a job several tokens, which share its duration.
         """
+        if self._rates is None:
+            self._rates = self._rates_at_load()
+        return self._rates
+
+    def _rates_at_load(self) -> ServiceRates:
         count = len(self._load)
         jobs = sum(s.decode_jobs for s in self._load) / count if count else 1.0
         context = sum(s.context_tokens for s in self._load) / count if count else 0.0

@@ -84,7 +84,7 @@ def estimate(job: Job, pricing: Pricing) -> Estimate | None:
     prefill_left_s = 0.0 if job.output_tokens else prefill_s
     view = JobView(
         arrival_s=job.arrival_s,
-        remaining_s=tuple(prefill_left_s + tokens * per_token_s for tokens in left_tokens),
+        remaining_s=tuple([prefill_left_s + tokens * per_token_s for tokens in left_tokens]),
         attained_s=(prefill_s if job.output_tokens else 0.0) + job.output_tokens * per_token_s,
         prefill_s=prefill_s,
     )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import Final, TypeAlias
 
 Quantiles: TypeAlias = tuple[float, ...]
@@ -25,6 +27,18 @@ OUTLIVED_SHARE: Final = 0.35
 OUTLIVED_MIN_TOKENS: Final = 8.0
 
 
+def _places() -> Iterator[tuple[int, float]]:
+    """Where each mass point lies: the quantile to its left, and how far on to the next one."""
+    for index in range(_MASS_POINTS):
+        level = min((index + 0.5) / _MASS_POINTS, _TAIL_LEVEL)
+        right = min(max(bisect_right(QUANTILE_LEVELS, level), 1), len(QUANTILE_LEVELS) - 1)
+        low, high = QUANTILE_LEVELS[right - 1], QUANTILE_LEVELS[right]
+        yield right - 1, (level - low) / (high - low)
+
+
+_PLACES: Final = tuple(_places())
+
+
 # A running job asks for the same distribution at each report of its progress.
 @lru_cache(maxsize=4096)
 def mass_points(quantiles: Quantiles) -> tuple[float, ...]:
@@ -33,15 +47,8 @@ def mass_points(quantiles: Quantiles) -> tuple[float, ...]:
     Log-linear between the quantiles, and beyond them up to the levels 0.005 and 0.995.
     """
     logs = [math.log(max(q, 1.0)) for q in quantiles]
-    points = []
-    for index in range(_MASS_POINTS):
-        level = (index + 0.5) / _MASS_POINTS
-        right = min(max(bisect_right(QUANTILE_LEVELS, level), 1), len(QUANTILE_LEVELS) - 1)
-        low, high = QUANTILE_LEVELS[right - 1], QUANTILE_LEVELS[right]
-        slope = (logs[right] - logs[right - 1]) / (high - low)
-        clipped = min(level, _TAIL_LEVEL)
-        points.append(max(math.exp(logs[right - 1] + slope * (clipped - low)), 1.0))
-    return tuple(points)
+    rises = [right - left for left, right in pairwise(logs)]
+    return tuple([max(math.exp(logs[i] + share * rises[i]), 1.0) for i, share in _PLACES])
 
 
 def remaining_after(quantiles: Quantiles, lived_tokens: float) -> tuple[float, ...]:
@@ -50,7 +57,7 @@ def remaining_after(quantiles: Quantiles, lived_tokens: float) -> tuple[float, .
     `quantiles` describe the length still to come when they were predicted; `lived_tokens` have
     come out since. The mass at or below `lived_tokens` is ruled out. Never empty.
     """
-    left = tuple(p - lived_tokens for p in mass_points(quantiles) if p > lived_tokens)
+    left = tuple([p - lived_tokens for p in mass_points(quantiles) if p > lived_tokens])
     if left:
         return left
     return (max(OUTLIVED_MIN_TOKENS, OUTLIVED_SHARE * lived_tokens),)

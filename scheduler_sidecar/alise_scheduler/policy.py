@@ -81,9 +81,11 @@ def expected_boost_s(work_s: Sequence[float], gamma_per_s: float, least_work_s: 
     ln(M / (M - 1)) / gamma with M = E[exp(gamma s)], of the same paper: one value gives
     `boost_s`. Written as -ln(1 - 1/M), with 1/M from a log-sum-exp, as exp(gamma s) overflows.
     """
-    exponents = [gamma_per_s * max(s, least_work_s) for s in work_s]
-    largest = max(exponents)
-    log_m = largest + math.log(sum(math.exp(e - largest) for e in exponents) / len(exponents))
+    most = max(max(work_s), least_work_s)
+    terms = [
+        math.exp(gamma_per_s * ((s if s > least_work_s else least_work_s) - most)) for s in work_s
+    ]
+    log_m = gamma_per_s * most + math.log(sum(terms) / len(terms))
     return -math.log(-math.expm1(-log_m)) / gamma_per_s
 
 

@@ -46,6 +46,8 @@ class NoisyJob:
     """A job as the noisy oracle sees it."""
 
     prompt: SimulatedPrompt
+    own_noise: float
+    """Standard normal; what a model that was wrong about this prompt stays wrong by."""
     output_tokens: int = 0
 
     def extend(self, new_token_ids: Sequence[int], output_tokens: int) -> None:
@@ -70,7 +72,8 @@ class NoisyPredictor:
     def track(self, prompt: PromptInput) -> Any:
         """Begin to follow a job."""
         assert isinstance(prompt, SimulatedPrompt)
-        return NoisyJob(prompt)
+        own = np.random.default_rng((self._seed, prompt.number)).standard_normal()
+        return NoisyJob(prompt, float(own))
 
     def predict(self, jobs: Sequence[Any]) -> list[Quantiles | None]:
         """Return quantiles of each job's remaining length, tokens."""
@@ -80,10 +83,10 @@ class NoisyPredictor:
         """Learn nothing."""
 
     def _quantiles(self, job: NoisyJob) -> Quantiles:
-        number = job.prompt.number
-        own = np.random.default_rng((self._seed, number)).standard_normal()
-        fresh = np.random.default_rng((self._seed, number, job.output_tokens)).standard_normal()
-        z = own if job.output_tokens == 0 else (own + fresh) / math.sqrt(2)
+        z = job.own_noise
+        if job.output_tokens:
+            drawn = np.random.default_rng((self._seed, job.prompt.number, job.output_tokens))
+            z = (z + float(drawn.standard_normal())) / math.sqrt(2)
         left = max(job.prompt.output_tokens - job.output_tokens, 1)
         median = left * math.exp(self._sigma * z)
         return tuple(max(median * math.exp(self._sigma * level), 1.0) for level in _LEVELS)

@@ -29,7 +29,7 @@ def systems_table(results: Mapping[str, SimulatedMetrics]) -> Table:
     table = Table(title="simulated (x the first system's)", title_justify="left")
     table.add_column("system")
     for title in _COLUMNS.values():
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", overflow="fold")  # a number is never cut off
     base = asdict(next(iter(results.values())))
     for name, metrics in results.items():
         row = asdict(metrics)
@@ -78,4 +78,5 @@ def against_table(comparisons: Sequence[Comparison]) -> Table:
 def _cell(value: float, base: float) -> str:
     if not base or math.isnan(value):
         return f"{value:,.0f}"
-    return f"{value:,.3g} ({value / base:.2f}x)"
+    shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{shown} ({value / base:.2f}x)"
