@@ -74,6 +74,14 @@ def test_predictions_lower_the_mean_near_capacity_and_the_tail_is_held() -> None
     assert ours.jct_p99_s < 1.15 * fcfs.jct_p99_s
 
 
+def test_in_a_long_overload_short_jobs_go_on_passing_and_the_tail_is_held() -> None:
+    requests = at_load(1.25, 1500)
+    fcfs = metrics_of(simulate(FCFS, requests, PROFILE, sigma=0.8))
+    ours = metrics_of(simulate(ALISE, requests, PROFILE, sigma=0.8))
+    assert ours.normalized_latency_s < 0.5 * fcfs.normalized_latency_s
+    assert ours.jct_p99_s < 1.15 * fcfs.jct_p99_s
+
+
 def test_at_low_load_all_is_as_with_stock() -> None:
     requests = at_load(0.2)
     fcfs = metrics_of(simulate(FCFS, requests, PROFILE, sigma=0.8))

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 import pytest
-from alise_scheduler.engine_state import EngineState, PolicySettings
+from alise_scheduler.engine_state import EngineState, Introduction, PolicySettings
 from alise_scheduler.estimates import remaining_tokens
 from alise_scheduler.events import (
     Arrived,
@@ -18,7 +18,7 @@ from alise_scheduler.events import (
     StepTiming,
 )
 from alise_scheduler.jobs import JobTable, next_milestone
-from alise_scheduler.policy import GAMMA_SHARE, Policy
+from alise_scheduler.policy import GAMMA_SHARE, Policy, gamma_for
 from alise_scheduler.predictor import Outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -248,6 +248,22 @@ def test_gamma_uses_the_predictions_until_enough_have_finished() -> None:
     settle(state)
     service_s = state.pricing.rates.service_s(1, 2000)
     assert state.pricing.parameters.gamma_per_s == pytest.approx(GAMMA_SHARE / service_s, rel=0.3)
+
+
+def test_gamma_falls_as_jobs_wait_and_rises_as_they_end() -> None:
+    state, _ = state_of()
+    state.introduction = Introduction(slots=4)
+    for index in range(44):
+        state.apply(Arrived(f"{index}", 0.0, prompt_input(1000, prompt_tokens=1)))
+    settle(state)
+    service_s = state.mean_service_s
+    assert service_s is not None
+    crowded = state.pricing.parameters.gamma_per_s
+    assert crowded == pytest.approx(gamma_for(service_s, 10 * service_s), rel=0.1)
+    for index in range(40):
+        state.apply(Finished(f"{index}", FinishReason.STOP, 1000, []))
+    settle(state)
+    assert state.pricing.parameters.gamma_per_s > 3 * crowded
 
 
 def test_a_fixed_gamma_stays() -> None:

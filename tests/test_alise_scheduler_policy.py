@@ -99,8 +99,12 @@ def test_large_gamma_is_fcfs_and_small_gamma_is_sjf() -> None:
 
 
 def test_gamma_is_a_share_of_the_inverse_of_the_mean_service_time() -> None:
-    assert gamma_for(10.0) == pytest.approx(0.075)
-    assert math.isfinite(gamma_for(0.0))
+    assert gamma_for(10.0, 0.0) == pytest.approx(0.075)
+    assert math.isfinite(gamma_for(0.0, 0.0))
+
+
+def test_the_longer_the_wait_the_more_gamma_favours_the_mean() -> None:
+    assert gamma_for(10.0, 100.0) == pytest.approx(0.75 / 40.0)
 
 
 @given(arrival=seconds, less=work, more=work, tunables=parameters)

@@ -78,7 +78,7 @@ def serve(
             "--alise-gamma",
             envvar="ALISE_GAMMA",
             min=1e-6,
-            help="Boost's gamma in 1/s; by default it follows the observed service times.",
+            help="Boost's gamma in 1/s; by default it follows the service times and the wait.",
         ),
     ] = None,
     first_tokens: Annotated[

@@ -102,7 +102,7 @@ def scheduler(
             envvar="ALISE_GAMMA",
             callback=_between(1e-6, 1e6),
             help="Boost's gamma (1/s): smaller favours short jobs, larger is nearer to FCFS. "
-            "Default: three quarters of the inverse of the observed mean service time.",
+            "By default it follows the observed service times and the wait (docs/policy.md).",
         ),
     ] = None,
     aging_s: Annotated[

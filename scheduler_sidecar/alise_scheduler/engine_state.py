@@ -255,4 +255,9 @@ class EngineState:
         if self.settings.gamma_per_s is not None:
             return self.settings.gamma_per_s
         service_s = mean_service_s(self._finished, self._predicted, pricing.rates)
-        return pricing.parameters.gamma_per_s if service_s is None else gamma_for(service_s)
+        if service_s is None:
+            return pricing.parameters.gamma_per_s
+        slots = self.introduction.slots
+        # By how many there are, and not by their estimates: it is asked with every batch of news.
+        queue = max(len(self.table.jobs) / slots - 1.0, 0.0) if slots else 0.0
+        return gamma_for(service_s, queue * service_s)

@@ -35,7 +35,12 @@ from alise_engine.kv_tier.decisions import (
     recompute_s,
     swap_s,
 )
-from alise_scheduler.engine_state import EngineState, LengthPredictor, PolicySettings
+from alise_scheduler.engine_state import (
+    EngineState,
+    Introduction,
+    LengthPredictor,
+    PolicySettings,
+)
 from alise_scheduler.estimates import Estimate
 from alise_scheduler.events import (
     Arrived,
@@ -92,6 +97,7 @@ class AliseSteering:
             true_tokens_of=_true_tokens if system.is_oracle else _unknown,
         )
         self._state = EngineState(predictor, settings)
+        self._state.introduction = Introduction(slots=hardware.slots)
         self._preempts = system.preempts
         self._tier = tier if system.has_tier else None
         self._hardware = hardware
