@@ -13,7 +13,7 @@ import pytest
 from alise_bench.dataset import Conversation, Item
 from alise_bench.errors import BenchError
 from alise_bench.metrics import EngineCounts, RequestRow
-from alise_bench.simulation.against import steps_of
+from alise_bench.simulation.against import Recorded, compare_with_runs, steps_of
 from alise_bench.simulation.carried import load_carried
 from alise_bench.simulation.cli import app
 from alise_bench.simulation.compare import metrics_of, simulate
@@ -240,6 +240,36 @@ def test_a_benchmarks_runs_are_simulated(tmp_path: Path) -> None:
     assert "fcfs-rate1" in ended.output
     (compared,) = json.loads((out / "report.json").read_text()).values()
     assert compared["simulated"]["jct_s"] == pytest.approx(compared["real"]["jct_s"], rel=0.02)
+
+
+def test_runs_are_simulated_with_the_models_that_they_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = at_load(0.9, 40)
+    items = {
+        str(number): Item("", "", (1,), tuple(range(row.output_tokens)), Conversation("", (), ""))
+        for number, row in enumerate(requests)
+    }
+    for system, simulated in ((System.FCFS, FCFS), (System.ALISE, ALISE)):
+        outcomes = simulate(simulated, requests, PROFILE, sigma=0.0)
+        rows = tuple(
+            _row(str(number), *pair)
+            for number, pair in enumerate(zip(outcomes, requests, strict=True))
+        )
+        save_run(tmp_path, Run(RunId(system, 1.0, 2), rows, EngineCounts(0), ()))
+    write_json(tmp_path / "plan.json", {"settings": {"slots": 16}})
+    loaded: list[Path] = []
+
+    def saved(state_dir: Path, _model: Path) -> NoisyPredictor:
+        loaded.append(state_dir)
+        return NoisyPredictor(0.0, 0)
+
+    monkeypatch.setattr("alise_bench.simulation.against.SavedPredictor", saved)
+    compared = compare_with_runs(tmp_path, PROFILE, 0.8, Recorded(items, tmp_path))
+    assert [c.run for c in compared] == ["alise-rate1-repeat2", "fcfs-rate1-repeat2"]
+    assert loaded == [tmp_path / "trained" / "repeat2"]
+    with pytest.raises(BenchError, match="no usable row '0'"):
+        compare_with_runs(tmp_path, PROFILE, 0.8, Recorded({}, tmp_path))
 
 
 def _row(name: str, outcome: Outcome, request: SimulatedRequest) -> RequestRow:

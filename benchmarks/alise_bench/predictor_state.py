@@ -13,6 +13,7 @@ from typing import Final
 from alise_bench.dataset import Split, write_training_file
 from alise_bench.errors import BenchError
 from alise_bench.session import Session
+from alise_bench.store import trained_state
 from alise_bench.systems import environment
 
 _TRAIN_TIMEOUT_S: Final = 900
@@ -20,7 +21,7 @@ _TRAIN_TIMEOUT_S: Final = 900
 
 def fresh_state(session: Session, split: Split, repeat: int) -> Path:
     """Return a copy of the state trained for this repeat: a run's online learning stays its own."""
-    trained = (session.out / "trained" / f"repeat{repeat}").resolve()
+    trained = trained_state(session.out, repeat).resolve()
     if not trained.exists():
         _train(session, split, trained)
     copy = Path(tempfile.mkdtemp(prefix="alise-bench-state-"))

@@ -1,6 +1,7 @@
 """The benchmark's folder: its plan, and one raw file per finished run, so that it can go on.
 
-Layout: `plan.json`, `runs/*.json` (raw per-request rows), `logs/`, and what the report makes.
+Layout: `plan.json`, `runs/*.json` (raw per-request rows), `trained/` (the predictor of each
+repeat), `logs/`, and what the report makes.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def _run_file(folder: Path, run: RunId) -> Path:
     return folder / "runs" / f"{run.name}.json"
+
+
+def trained_state(folder: Path, repeat: int) -> Path:
+    """Return where the models that a repeat's runs begin with are kept."""
+    return folder / "trained" / f"repeat{repeat}"
 
 
 def has_run(folder: Path, run: RunId) -> bool:

@@ -1,27 +1,30 @@
 """A benchmark's real runs simulated: the same requests and arrivals, and how far off it is.
 
-The step cost is fitted to the FCFS runs alone, from when their tokens came; the other systems
-are then predicted with it.
+The step cost is fitted to FCFS runs alone, from when their tokens came; the other systems are then
+predicted with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 from alise_scheduler.cost_model import StepCost, fit
 from alise_scheduler.events import StepTiming
-from alise_scheduler.replica import Hardware, SimulatedRequest
+from alise_scheduler.replica import SimulatedRequest
 
+from alise_bench.dataset import Item
 from alise_bench.errors import BenchError
 from alise_bench.metrics import RequestRow, run_metrics
 from alise_bench.simulation.compare import SimulatedMetrics, metrics_of, simulate
+from alise_bench.simulation.predictors import SavedPredictor
 from alise_bench.simulation.profiles import Profile
 from alise_bench.simulation.systems import ALISE, FCFS, SYSTEMS, SimulatedSystem
-from alise_bench.store import Run, load_plan, load_runs
+from alise_bench.simulation.workload import RecordedRequest
+from alise_bench.store import Run, load_plan, load_runs, trained_state
 from alise_bench.systems import System
 
 _SAME_STEP_S: Final = 0.008  # tokens of one step reach the client within this
@@ -74,38 +77,82 @@ def timed_steps_of(rows: Sequence[RequestRow]) -> list[tuple[float, StepTiming]]
     return steps
 
 
-def compare_with_runs(folder: Path, profile: Profile, sigma: float) -> list[Comparison]:
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The tokens that a benchmark's runs were about, for the predictors that they had."""
+
+    items: Mapping[str, Item]
+    """By id."""
+    model: Path
+
+
+def compare_with_runs(
+    folder: Path, profile: Profile, sigma: float, recorded: Recorded | None = None
+) -> list[Comparison]:
     """Simulate every finished run of a benchmark's folder on `profile` with fitted step costs.
 
-    Slots are the benchmark's own. Raises `BenchError` without a FCFS run to fit.
+    Slots are the benchmark's own; the step cost is that of the FCFS run beside it (same rate and
+    repeat), or else of all FCFS runs. With `recorded` each run has the models that it began
+    with, and otherwise lengths with an error of `sigma`. Raises `BenchError` without a FCFS run.
     """
     runs = load_runs(folder)
     fcfs = [run for run in runs if run.id.system is System.FCFS]
     if not fcfs:
         raise BenchError(f"--against {folder}: no finished run of fcfs to fit the step cost to")
-    cost = fit([step for run in fcfs for step in steps_of(run.rows)], StepCost())
     slots = int(load_plan(folder)["settings"]["slots"])
-    hardware = profile.hardware
-    fitted = Profile(
-        name=f"fitted to {folder.name}",
-        source="the benchmark's FCFS runs",
-        hardware=Hardware(
-            cost, slots, hardware.kv_tokens, hardware.block_tokens, hardware.batched_tokens
-        ),
-        tier=profile.tier,
+    predictors: dict[int, SavedPredictor] = {}
+    comparisons = []
+    for run in runs:
+        if run.id.system not in SIMULATED_AS:
+            continue
+        system, repeat = SIMULATED_AS[run.id.system], run.id.repeat
+        has_models = recorded is not None and system.policy is not None and not system.is_oracle
+        if recorded is not None and has_models and repeat not in predictors:
+            predictors[repeat] = SavedPredictor(trained_state(folder, repeat), recorded.model)
+        fitted = _fitted(profile, _beside(run, fcfs), slots)
+        rows = sorted((r for r in run.rows if r.error is None), key=lambda row: row.arrival_s)
+        outcomes = simulate(
+            system,
+            _requests(rows, recorded),
+            fitted,
+            sigma=sigma,
+            seed=repeat,
+            predictor=predictors[repeat] if has_models else None,
+        )
+        comparisons.append(Comparison(run.id.name, _real(run, rows), metrics_of(outcomes)))
+    return comparisons
+
+
+def _beside(run: Run, fcfs: Sequence[Run]) -> Sequence[Run]:
+    load = (run.id.rate_per_s, run.id.repeat)
+    return [other for other in fcfs if (other.id.rate_per_s, other.id.repeat) == load] or fcfs
+
+
+def _fitted(profile: Profile, fcfs: Sequence[Run], slots: int) -> Profile:
+    cost = fit([step for run in fcfs for step in steps_of(run.rows)], StepCost())
+    return replace(
+        profile,
+        name="fitted",
+        source=f"fitted to {', '.join(run.id.name for run in fcfs)}",
+        hardware=replace(profile.hardware, step=cost, slots=slots),
     )
+
+
+def _requests(rows: Sequence[RequestRow], recorded: Recorded | None) -> Sequence[SimulatedRequest]:
+    if recorded is None:
+        return [SimulatedRequest(r.arrival_s, r.prompt_tokens, r.output_tokens) for r in rows]
+    if unknown := [row.id for row in rows if row.id not in recorded.items]:
+        raise BenchError(f"--dataset has no usable row {unknown[0]!r}, which the runs asked for")
     return [
-        _compare(run, SIMULATED_AS[run.id.system], fitted, sigma)
-        for run in runs
-        if run.id.system in SIMULATED_AS
+        RecordedRequest(
+            row.arrival_s,
+            row.prompt_tokens,
+            row.output_tokens,
+            recorded.items[row.id].prompt_ids,
+            recorded.items[row.id].answer_ids,
+        )
+        for row in rows
     ]
-
-
-def _compare(run: Run, system: SimulatedSystem, profile: Profile, sigma: float) -> Comparison:
-    rows = sorted((r for r in run.rows if r.error is None), key=lambda row: row.arrival_s)
-    requests = [SimulatedRequest(r.arrival_s, r.prompt_tokens, r.output_tokens) for r in rows]
-    simulated = metrics_of(simulate(system, requests, profile, sigma=sigma, seed=run.id.repeat))
-    return Comparison(run.id.name, _real(run, rows), simulated)
 
 
 def _real(run: Run, rows: Sequence[RequestRow]) -> SimulatedMetrics:

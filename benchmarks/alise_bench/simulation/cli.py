@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from alise_bench.command_line import default_model_folder, fail
 from alise_bench.errors import BenchError
-from alise_bench.simulation.against import compare_with_runs
+from alise_bench.simulation.against import Recorded, compare_with_runs
 from alise_bench.simulation.carried import load_carried
 from alise_bench.simulation.compare import (
     SimulatedMetrics,
@@ -93,7 +93,10 @@ def simulate_command(
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(help="Folder of `alise bench`: simulate its runs, and say how far off."),
+        typer.Option(
+            help="Folder of `alise bench`: simulate its runs, and say how far off. With their "
+            "--dataset, with the models that they began with."
+        ),
     ] = None,
     pareto: Annotated[bool, typer.Option(help="Draw mean against tail over gammas.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for report.json and pictures.")] = None,
@@ -104,8 +107,13 @@ def simulate_command(
         hardware = load_profile(profile)
         if against is not None:
             if predictor is not None:
-                raise BenchError("--against knows lengths only, so leave --predictor out")
-            comparisons = compare_with_runs(against, hardware, sigma)
+                raise BenchError(
+                    "--against takes the models of the runs, given their --dataset: "
+                    "leave --predictor out"
+                )
+            comparisons = compare_with_runs(
+                against, hardware, sigma, _recorded(dataset, model, hardware)
+            )
             console.print(against_table(comparisons))
             _save(out, {c.run: asdict(c) for c in comparisons})
             return
@@ -177,6 +185,14 @@ def _source(
     assert dataset is not None
     items = items_of_dataset(dataset, model or default_model_folder(), profile.hardware)
     return RequestSource(items, (), count, profile.hardware)
+
+
+def _recorded(dataset: Path | None, model: Path | None, profile: Profile) -> Recorded | None:
+    if dataset is None:
+        return None
+    folder = model or default_model_folder()
+    items = items_of_dataset(dataset, folder, profile.hardware)
+    return Recorded({item.id: item for item in items}, folder)
 
 
 def _saved(

@@ -98,7 +98,7 @@ class SavedPredictor:
     def __init__(self, state_dir: Path, model: Path) -> None:
         """`model` is the folder of the model that was served. Raises `BenchError`."""
         if not state_dir.is_dir():
-            raise BenchError(f"--predictor {state_dir}: no such folder")
+            raise BenchError(f"{state_dir}: no such folder of a predictor's state")
         self._predictor = Predictor(PredictorSettings(state_dir))
         with TemporaryDirectory() as folder:
             table = Path(folder) / "table.npz"
@@ -110,7 +110,7 @@ class SavedPredictor:
         self.model_version = self._predictor.model_version
         if self.model_version == 0:
             raise BenchError(
-                f"--predictor {state_dir}: no predictor for {model.name} in it; "
+                f"{state_dir}: no predictor for {model.name} in it; "
                 "`alise predictor train` makes one"
             )
 
