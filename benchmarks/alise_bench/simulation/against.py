@@ -1,7 +1,7 @@
 """A benchmark's real runs simulated: the same requests and arrivals, and how far off it is.
 
-The step cost is fitted to FCFS runs alone, from when their tokens came; the other systems are then
-predicted with it.
+The step cost is fitted to each run's own steps, from when its tokens came: how fast the machine was
+in just that run is not what is simulated.
 """
 
 from __future__ import annotations
@@ -91,51 +91,31 @@ def compare_with_runs(
 ) -> list[Comparison]:
     """Simulate every finished run of a benchmark's folder on `profile` with fitted step costs.
 
-    Slots are the benchmark's own; the step cost is that of the FCFS run beside it (same rate and
-    repeat), or else of all FCFS runs. With `recorded` each run has the models that it began
-    with, and otherwise lengths with an error of `sigma`. Raises `BenchError` without a FCFS run.
+    Slots are the benchmark's own. With `recorded` each run has the models that it began with, and
+    otherwise lengths with an error of `sigma`. Raises `BenchError`.
     """
-    runs = load_runs(folder)
-    fcfs = [run for run in runs if run.id.system is System.FCFS]
-    if not fcfs:
-        raise BenchError(f"--against {folder}: no finished run of fcfs to fit the step cost to")
     slots = int(load_plan(folder)["settings"]["slots"])
     predictors: dict[int, SavedPredictor] = {}
     comparisons = []
-    for run in runs:
+    for run in load_runs(folder):
         if run.id.system not in SIMULATED_AS:
             continue
         system, repeat = SIMULATED_AS[run.id.system], run.id.repeat
         has_models = recorded is not None and system.policy is not None and not system.is_oracle
         if recorded is not None and has_models and repeat not in predictors:
             predictors[repeat] = SavedPredictor(trained_state(folder, repeat), recorded.model)
-        fitted = _fitted(profile, _beside(run, fcfs), slots)
+        cost = fit(steps_of(run.rows), StepCost())
         rows = sorted((r for r in run.rows if r.error is None), key=lambda row: row.arrival_s)
         outcomes = simulate(
             system,
             _requests(rows, recorded),
-            fitted,
+            replace(profile, hardware=replace(profile.hardware, step=cost, slots=slots)),
             sigma=sigma,
             seed=repeat,
             predictor=predictors[repeat] if has_models else None,
         )
         comparisons.append(Comparison(run.id.name, _real(run, rows), metrics_of(outcomes)))
     return comparisons
-
-
-def _beside(run: Run, fcfs: Sequence[Run]) -> Sequence[Run]:
-    load = (run.id.rate_per_s, run.id.repeat)
-    return [other for other in fcfs if (other.id.rate_per_s, other.id.repeat) == load] or fcfs
-
-
-def _fitted(profile: Profile, fcfs: Sequence[Run], slots: int) -> Profile:
-    cost = fit([step for run in fcfs for step in steps_of(run.rows)], StepCost())
-    return replace(
-        profile,
-        name="fitted",
-        source=f"fitted to {', '.join(run.id.name for run in fcfs)}",
-        hardware=replace(profile.hardware, step=cost, slots=slots),
-    )
 
 
 def _requests(rows: Sequence[RequestRow], recorded: Recorded | None) -> Sequence[SimulatedRequest]:
