@@ -103,8 +103,9 @@ def test_gamma_is_a_share_of_the_inverse_of_the_mean_service_time() -> None:
     assert math.isfinite(gamma_for(0.0, 0.0))
 
 
-def test_the_longer_the_wait_the_more_gamma_favours_the_mean() -> None:
-    assert gamma_for(10.0, 100.0) == pytest.approx(0.75 / 40.0)
+def test_a_wait_beyond_a_service_time_makes_gamma_favour_the_mean() -> None:
+    assert gamma_for(10.0, 9.9) == gamma_for(10.0, 0.0)
+    assert gamma_for(10.0, 110.0) == pytest.approx(0.75 / 60.0)
 
 
 @given(arrival=seconds, less=work, more=work, tunables=parameters)

@@ -55,18 +55,20 @@ class PolicyParameters:
 
 
 GAMMA_SHARE: Final = 0.75
-WAIT_SHARE: Final = 0.3
+WAIT_SHARE: Final = 0.5
 _MLFQ_LEVEL_S: Final = 1e6  # far above any difference between arrivals in one queue
 
 
 def gamma_for(mean_service_s: float, wait_s: float) -> float:
     """Return Boost's gamma (1/s) for a job's mean service time and the wait of a newcomer, seconds.
 
-    What overtaking adds to the tail is about as long as 1 / gamma. Beside a long wait that counts
-    for less, so that more of it buys a better mean at the same share of the tail. Both shares were
+    What overtaking adds to the tail is about as long as 1 / gamma. Beside a wait longer than a job
+    runs, as in overload, that counts for less: more of it buys a better mean at the same share of
+    the tail. Shorter waits come at any stable load, where it would raise the tail. Both shares were
     chosen by simulation (docs/policy.md).
     """
-    return GAMMA_SHARE / max(mean_service_s + WAIT_SHARE * wait_s, 1e-3)
+    longer_s = max(wait_s - mean_service_s, 0.0)
+    return GAMMA_SHARE / max(mean_service_s + WAIT_SHARE * longer_s, 1e-3)
 
 
 def boost_s(work_s: float, gamma_per_s: float) -> float:
