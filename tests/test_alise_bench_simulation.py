@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -260,11 +261,11 @@ def test_runs_are_simulated_with_the_models_that_they_began_with(
     write_json(tmp_path / "plan.json", {"settings": {"slots": 16}})
     loaded: list[Path] = []
 
-    def saved(state_dir: Path, _model: Path) -> NoisyPredictor:
-        loaded.append(state_dir)
-        return NoisyPredictor(0.0, 0)
+    def saved(state_dirs: Sequence[Path], _model: Path) -> list[NoisyPredictor]:
+        loaded.extend(state_dirs)
+        return [NoisyPredictor(0.0, 0) for _ in state_dirs]
 
-    monkeypatch.setattr("alise_bench.simulation.against.SavedPredictor", saved)
+    monkeypatch.setattr("alise_bench.simulation.against.saved_predictors", saved)
     compared = compare_with_runs(tmp_path, PROFILE, 0.8, Recorded(items, tmp_path))
     assert [c.run for c in compared] == ["alise-rate1-repeat2", "fcfs-rate1-repeat2"]
     assert loaded == [tmp_path / "trained" / "repeat2"]
@@ -343,4 +344,4 @@ def test_a_saved_predictor_reads_the_requests_tokens(tmp_path: Path) -> None:
     assert sorted(seen) == sorted(tuple(r.prompt_ids) for r in requests)
     assert sorted(outputs) == sorted(r.output_tokens for r in requests)
     with pytest.raises(BenchError, match="no such folder"):
-        SavedPredictor(tmp_path / "none", tmp_path)
+        SavedPredictor(tmp_path / "none", tmp_path / "table.npz")

@@ -108,6 +108,7 @@ def _prepare(settings: BenchSettings, progress: Progress) -> Session:
         settings.kv_cache_gib,
         settings.vllm_options,
         replay_file.resolve() if replay_file else None,
+        settings.pace,
     )
     if not recorded:
         items = _natural_answers(settings, servers, items, plan, progress)

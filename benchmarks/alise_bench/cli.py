@@ -18,6 +18,7 @@ from alise_bench import predictor_cli
 from alise_bench.command_line import default_model_folder, fail
 from alise_bench.errors import BenchError
 from alise_bench.settings import BenchSettings, Mode
+from alise_bench.simulation.profiles import load_profile, packaged_profiles
 from alise_bench.systems import System
 
 if TYPE_CHECKING:
@@ -111,6 +112,13 @@ def run(
     unloaded_requests: Annotated[
         int, typer.Option(min=1, help="Requests, one at a time, for the unloaded latency.")
     ] = 8,
+    pace: Annotated[
+        str | None,
+        typer.Option(
+            help="Hold each step to what this profile says (`alise simulate --help`), "
+            "so that all systems meet the same speed; CPU only."
+        ),
+    ] = None,
     vllm_options: Annotated[str, typer.Option(help="More vLLM options, for all systems.")] = "",
     alise_options: Annotated[
         str, typer.Option(help="More options of `alise serve`, for the ALISE systems.")
@@ -137,6 +145,7 @@ def run(
             kv_cache_gib=kv_cache_gib,
             warmup=warmup,
             unloaded_requests=unloaded_requests,
+            pace=_pace(pace),
             vllm_options=tuple(shlex.split(vllm_options)),
             alise_options=tuple(shlex.split(alise_options)),
         )
@@ -153,6 +162,13 @@ def run(
     except KeyboardInterrupt:
         console.print(f"stopped; the same command goes on where this one was ({out})")
         raise typer.Exit(130) from None
+
+
+def _pace(name: str | None) -> str | None:
+    if name is None or name in packaged_profiles():
+        return name
+    load_profile(name)
+    return str(Path(name).resolve())
 
 
 def _packaged_dataset(mode: Mode) -> Path:

@@ -43,6 +43,7 @@ class BenchSettings:
     kv_cache_gib: int
     warmup: int
     unloaded_requests: int
+    pace: str | None = None
     vllm_options: tuple[str, ...] = ()
     alise_options: tuple[str, ...] = ()
 
@@ -79,6 +80,7 @@ class BenchSettings:
             "max_model_len": self.max_model_len,
             "kv_cache_gib": self.kv_cache_gib,
             "warmup": self.warmup,
+            "pace": self.pace,
             "vllm_options": list(self.vllm_options),
             "alise_options": list(self.alise_options),
         }

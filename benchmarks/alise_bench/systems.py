@@ -40,6 +40,9 @@ class System(str, Enum):
         return self in (System.ALISE, System.ALISE_RECOMPUTE)
 
 
+PACE_VARIABLE = "ALISE_BENCH_PACE"
+"""Names the profile of a paced engine (`alise_bench.pace`)."""
+
 SERVED_NAME = "bench"
 """The model's name in requests, the same for all systems."""
 
@@ -56,6 +59,8 @@ class ServerSettings:
     vllm_options: tuple[str, ...] = ()
     replay_file: Path | None = None
     """Recorded mode: the answers."""
+    pace: str | None = None
+    """A profile, by name or file, whose step times are kept."""
 
 
 def command(
@@ -87,6 +92,8 @@ def command(
         line += ["--dtype", "float32"]
     if settings.replay_file is not None:
         line += ["--logits-processors", "alise_bench.replay:ReplayRecordedAnswers"]
+    if settings.pace is not None:
+        line += ["--worker-cls", "alise_bench.pace.PacedWorker"]
     if system is System.PRIORITY_ORACLE:
         line += ["--scheduling-policy", "priority"]
     if not system.is_stock:
@@ -121,4 +128,6 @@ def environment(settings: ServerSettings, inherited: Mapping[str, str]) -> dict[
     }
     if settings.replay_file is not None:
         ours[REPLAY_FILE_VARIABLE] = str(settings.replay_file)
+    if settings.pace is not None:
+        ours[PACE_VARIABLE] = settings.pace
     return {**inherited, **ours}

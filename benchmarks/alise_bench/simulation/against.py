@@ -20,10 +20,10 @@ from alise_bench.dataset import Item
 from alise_bench.errors import BenchError
 from alise_bench.metrics import RequestRow, run_metrics
 from alise_bench.simulation.compare import SimulatedMetrics, metrics_of, simulate
-from alise_bench.simulation.predictors import SavedPredictor
+from alise_bench.simulation.predictors import SavedPredictor, saved_predictors
 from alise_bench.simulation.profiles import Profile
 from alise_bench.simulation.systems import ALISE, FCFS, SYSTEMS, SimulatedSystem
-from alise_bench.simulation.workload import RecordedRequest
+from alise_bench.simulation.workload import recorded_request
 from alise_bench.store import Run, load_plan, load_runs, trained_state
 from alise_bench.systems import System
 
@@ -95,27 +95,29 @@ def compare_with_runs(
     otherwise lengths with an error of `sigma`. Raises `BenchError`.
     """
     slots = int(load_plan(folder)["settings"]["slots"])
-    predictors: dict[int, SavedPredictor] = {}
+    runs = [run for run in load_runs(folder) if run.id.system in SIMULATED_AS]
+    predictors = {} if recorded is None else _predictors(folder, runs, recorded.model)
     comparisons = []
-    for run in load_runs(folder):
-        if run.id.system not in SIMULATED_AS:
-            continue
-        system, repeat = SIMULATED_AS[run.id.system], run.id.repeat
-        has_models = recorded is not None and system.policy is not None and not system.is_oracle
-        if recorded is not None and has_models and repeat not in predictors:
-            predictors[repeat] = SavedPredictor(trained_state(folder, repeat), recorded.model)
+    for run in runs:
         cost = fit(steps_of(run.rows), StepCost())
         rows = sorted((r for r in run.rows if r.error is None), key=lambda row: row.arrival_s)
         outcomes = simulate(
-            system,
+            SIMULATED_AS[run.id.system],
             _requests(rows, recorded),
             replace(profile, hardware=replace(profile.hardware, step=cost, slots=slots)),
             sigma=sigma,
-            seed=repeat,
-            predictor=predictors[repeat] if has_models else None,
+            seed=run.id.repeat,
+            predictor=predictors.get(run.id.repeat) if run.id.system.is_predicting else None,
         )
         comparisons.append(Comparison(run.id.name, _real(run, rows), metrics_of(outcomes)))
     return comparisons
+
+
+def _predictors(folder: Path, runs: Sequence[Run], model: Path) -> dict[int, SavedPredictor]:
+    """Return the models that the runs of each repeat began with."""
+    repeats = sorted({run.id.repeat for run in runs if run.id.system.is_predicting})
+    states = [trained_state(folder, repeat) for repeat in repeats]
+    return dict(zip(repeats, saved_predictors(states, model), strict=True))
 
 
 def _requests(rows: Sequence[RequestRow], recorded: Recorded | None) -> Sequence[SimulatedRequest]:
@@ -123,16 +125,7 @@ def _requests(rows: Sequence[RequestRow], recorded: Recorded | None) -> Sequence
         return [SimulatedRequest(r.arrival_s, r.prompt_tokens, r.output_tokens) for r in rows]
     if unknown := [row.id for row in rows if row.id not in recorded.items]:
         raise BenchError(f"--dataset has no usable row {unknown[0]!r}, which the runs asked for")
-    return [
-        RecordedRequest(
-            row.arrival_s,
-            row.prompt_tokens,
-            row.output_tokens,
-            recorded.items[row.id].prompt_ids,
-            recorded.items[row.id].answer_ids,
-        )
-        for row in rows
-    ]
+    return [recorded_request(recorded.items[row.id], row.arrival_s) for row in rows]
 
 
 def _real(run: Run, rows: Sequence[RequestRow]) -> SimulatedMetrics:

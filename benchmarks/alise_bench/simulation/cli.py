@@ -23,7 +23,7 @@ from alise_bench.simulation.compare import (
     metrics_of,
     simulate,
 )
-from alise_bench.simulation.predictors import SavedPredictor
+from alise_bench.simulation.predictors import SavedPredictor, saved_predictors
 from alise_bench.simulation.profiles import Profile, load_profile, packaged_profiles
 from alise_bench.simulation.systems import ALISE, FCFS, SYSTEMS, SimulatedSystem
 from alise_bench.simulation.tables import (
@@ -202,7 +202,8 @@ def _saved(
         return None
     if dataset is None:
         raise BenchError("--predictor reads prompts and answers: pass --dataset too")
-    return SavedPredictor(state_dir, model or default_model_folder())
+    (saved,) = saved_predictors([state_dir], model or default_model_folder())
+    return saved
 
 
 def _carried(

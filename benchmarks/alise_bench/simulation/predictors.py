@@ -92,26 +92,33 @@ class NoisyPredictor:
         return tuple(max(median * math.exp(self._sigma * level), 1.0) for level in _LEVELS)
 
 
+def saved_predictors(state_dirs: Sequence[Path], model: Path) -> list[SavedPredictor]:
+    """Return the predictor of each state folder; `model` is the folder of the served model.
+
+    Raises `BenchError`.
+    """
+    with TemporaryDirectory() as folder:
+        table = Path(folder) / "table.npz"
+        try:
+            build_table(model, table)
+            return [SavedPredictor(state_dir, table) for state_dir in state_dirs]
+        except (ConversationsError, TokenTableError) as error:
+            raise BenchError(f"--model {model}: {error}") from error
+
+
 class SavedPredictor:
     """The models of a sidecar's state folder, for requests whose tokens are known."""
 
-    def __init__(self, state_dir: Path, model: Path) -> None:
-        """`model` is the folder of the model that was served. Raises `BenchError`."""
+    def __init__(self, state_dir: Path, token_table: Path) -> None:
+        """`token_table` is that of the served model. Raises `BenchError`, `TokenTableError`."""
         if not state_dir.is_dir():
             raise BenchError(f"{state_dir}: no such folder of a predictor's state")
         self._predictor = Predictor(PredictorSettings(state_dir))
-        with TemporaryDirectory() as folder:
-            table = Path(folder) / "table.npz"
-            try:
-                build_table(model, table)
-                self._predictor.load_token_table(table)
-            except (ConversationsError, TokenTableError) as error:
-                raise BenchError(f"--model {model}: {error}") from error
+        self._predictor.load_token_table(token_table)
         self.model_version = self._predictor.model_version
         if self.model_version == 0:
             raise BenchError(
-                f"{state_dir}: no predictor for {model.name} in it; "
-                "`alise predictor train` makes one"
+                f"{state_dir}: no predictor for this model in it; `alise predictor train` makes one"
             )
 
     def track(self, prompt: PromptInput) -> Any:

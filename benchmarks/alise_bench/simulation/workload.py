@@ -28,6 +28,13 @@ class RecordedRequest(SimulatedRequest):
     answer_ids: Sequence[int]
 
 
+def recorded_request(item: Item, arrival_s: float) -> RecordedRequest:
+    """Return the request for `item` at a time."""
+    return RecordedRequest(
+        arrival_s, len(item.prompt_ids), item.output_tokens, item.prompt_ids, item.answer_ids
+    )
+
+
 def load_trace_requests(file: Path) -> tuple[SimulatedRequest, ...]:
     """Read a trace with lengths, ascending by arrival, the first at 0.
 
@@ -109,10 +116,7 @@ def poisson_items(
     arrivals = poisson_arrivals(rate_per_s, count, seed)
     drawn = (items[index] for index in _draw(len(items), count, seed))
     return tuple(
-        RecordedRequest(
-            arrival_s, len(item.prompt_ids), item.output_tokens, item.prompt_ids, item.answer_ids
-        )
-        for arrival_s, item in zip(arrivals, drawn, strict=True)
+        recorded_request(item, arrival_s) for arrival_s, item in zip(arrivals, drawn, strict=True)
     )
 
 
