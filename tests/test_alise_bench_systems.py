@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ from alise_bench.systems import ServerSettings, System, command, environment
 SETTINGS = ServerSettings(Path("/m"), 16, 2048, 2, ("--seed", "1"), Path("/answers.npz"))
 
 
-def line(system: System) -> str:
+def line(system: System, settings: ServerSettings = SETTINGS) -> str:
     parts = command(
         system,
-        SETTINGS,
+        settings,
         81,
         state_dir=Path("/state"),
         shared_dir=Path("/shared"),
@@ -57,6 +58,15 @@ def test_environment_names_the_answers_in_recorded_mode_only() -> None:
     natural = ServerSettings(Path("/m"), 16, 2048, 2)
     assert "ALISE_BENCH_REPLAY_FILE" not in environment(natural, {"A": "b"})
     assert environment(natural, {"A": "b"})["A"] == "b"
+
+
+def test_a_pace_is_the_same_for_all_systems() -> None:
+    paced = replace(SETTINGS, pace="smollm2-cpu")
+    for system in System:
+        assert "--worker-cls alise_bench.pace.PacedWorker" in line(system, paced)
+        assert "--worker-cls" not in line(system)
+    assert environment(paced, {})["ALISE_BENCH_PACE"] == "smollm2-cpu"
+    assert "ALISE_BENCH_PACE" not in environment(SETTINGS, {})
 
 
 @pytest.mark.parametrize("capacity", [0.4, 1.0, 3.0])

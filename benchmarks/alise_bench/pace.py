@@ -77,7 +77,7 @@ class PacedWorker(CPUWorker):  # type: ignore[misc]  # vLLM is Any to mypy
         self._step_cost = load_profile(os.environ[PACE_VARIABLE]).hardware.step
         self._hold = Hold(time.perf_counter, time.sleep)
         runner = self.model_runner
-        runner._model_forward = self._hold.counted(runner._model_forward)  # noqa: SLF001
+        runner._model_forward = self._hold.counted(runner._model_forward)
         runner.model.compute_logits = self._hold.ending(runner.model.compute_logits)
 
     def execute_model(self, scheduler_output: Any) -> Any:
