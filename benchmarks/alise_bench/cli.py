@@ -18,7 +18,6 @@ from alise_bench import predictor_cli
 from alise_bench.command_line import default_model_folder, fail
 from alise_bench.errors import BenchError
 from alise_bench.settings import BenchSettings, Mode
-from alise_bench.simulation.profiles import load_profile, packaged_profiles
 from alise_bench.systems import System
 
 if TYPE_CHECKING:
@@ -165,9 +164,13 @@ def run(
 
 
 def _pace(name: str | None) -> str | None:
-    if name is None or name in packaged_profiles():
+    if name is None:
+        return None
+    from alise_bench.simulation.profiles import load_profile, packaged_profiles
+
+    if name in packaged_profiles():
         return name
-    load_profile(name)
+    load_profile(name)  # what would fail in the engine fails now
     return str(Path(name).resolve())
 
 
