@@ -23,6 +23,7 @@ from alise_scheduler.supervisor import RestartPauses
 
 from alise_engine.draining import DRAIN_FILE
 from alise_engine.kv_tier.layout import Quantization
+from alise_engine.metric_files import METRICS_FOLDER
 from alise_engine.processes import spawn, stop
 from alise_engine.progress import StartDisplay
 from alise_engine.vllm_arguments import ServerAddress
@@ -132,10 +133,9 @@ class Launcher:
         self, display: StartDisplay, folder: Path, drain_file: Path
     ) -> subprocess.Popen[bytes]:
         display.phase(f"loading {self._plan.model_name}")
-        # Makes vLLM's /metrics collect our metrics from the engine's process too.
         environment = {
             **self._plan.engine_environment,
-            "PROMETHEUS_MULTIPROC_DIR": str(folder),
+            METRICS_FOLDER: str(folder),
             DRAIN_FILE: str(drain_file),
         }
         engine = spawn(self._plan.engine_command, environment, stdout=subprocess.PIPE)
