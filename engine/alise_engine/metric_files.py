@@ -35,4 +35,4 @@ def count_in_files() -> None:
     is_child = multiprocessing.parent_process() is not None
     if folder is not None and is_child and _MULTIPROCESS_FOLDER not in os.environ:
         os.environ[_MULTIPROCESS_FOLDER] = folder
-        values.ValueClass = values.get_value_class()
+        values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
