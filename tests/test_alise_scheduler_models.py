@@ -104,7 +104,7 @@ def test_quantiles_cover_what_they_say() -> None:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(1200, 3)).astype(np.float32)
     target = (rows[:, 0] + rng.normal(size=1200)).astype(np.float32)
-    model, held_out = fit_quantiles(rows[:600], target[:600], np.arange(600), rng)
+    model, held_out = fit_quantiles(rows[:600], target[:600], np.arange(600), DEPTH, rng)
     predicted = model.predict(rows[600:])
     assert (np.diff(predicted, axis=1) >= 0).all()
     coverage = (target[600:, None] <= predicted).mean(0)
@@ -176,12 +176,14 @@ def test_models_survive_bytes(tmp_path: Path) -> None:
     predictor = taught(write_table(tmp_path / "t.npz"))
     models = predictor._models
     assert models is not None
-    assert models.answer is not None
+    assert [model.from_tokens for model in models.answers] == [8, 64]
     blob = models_to_bytes(models)
     again = models_from_bytes(blob)
     jobs = [predictor.track(c.prompt) for c in conversations(20, seed=9)]
     for job, c in zip(jobs[10:], conversations(20, seed=9)[10:], strict=True):
-        job.extend(c.answer_ids[:10], 10)
+        tokens = min(len(c.answer_ids), 70)
+        job.extend(c.answer_ids[:tokens], tokens)
+    assert {job.output_tokens >= 64 for job in jobs[10:]} == {False, True}
     before = predictor.predict(jobs)
     predictor._models = again
     assert predictor.predict(jobs) == before

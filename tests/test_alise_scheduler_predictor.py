@@ -72,10 +72,11 @@ def test_quantiles_are_sorted_finite_and_within_max_tokens(
 
 def test_a_batch_predicts_what_single_calls_do(learned: Predictor) -> None:
     some = conversations(12, seed=5)
+    ages = [0, 5, 20, 70] * 3  # of no model of answers, of the first, of the second
     jobs, same = ([learned.track(c.prompt) for c in some] for _ in range(2))
-    for a, b, c in zip(jobs[4:], same[4:], some[4:], strict=True):
+    for a, b, c, tokens in zip(jobs, same, some, ages, strict=True):
         for job in (a, b):
-            job.extend(c.answer_ids[:20], 20)
+            job.extend(c.answer_ids[:tokens], tokens)
     single = [learned.predict([job])[0] for job in jobs]
     np.testing.assert_allclose(learned.predict(same), single, rtol=1e-3)
 

@@ -12,11 +12,9 @@ from alise_scheduler.conditioning import LARGEST_LOG, conditioned
 from alise_scheduler.lengths import Quantiles
 from alise_scheduler.prompt_features import ASKED
 from alise_scheduler.ridge import bag_matrix
-from alise_scheduler.tracked_job import MILESTONES_TOKENS, TrackedJob
-from alise_scheduler.training import AnswerModel, Array, Models, answer_rows
+from alise_scheduler.tracked_job import TrackedJob
+from alise_scheduler.training import Array, Models, answer_rows
 
-# The answer model has never seen younger answers: the prompt's distribution, conditioned, is used.
-_MIN_ANSWER_TOKENS: Final = MILESTONES_TOKENS[0]
 _UNBOUNDED: Final = 1e9
 
 
@@ -34,11 +32,13 @@ def forecast(jobs: Sequence[TrackedJob], models: Models) -> list[Quantiles]:
     running = np.flatnonzero(lived)
     if len(running):
         logs[running] = conditioned(logs[running], lived[running])
-    answered = np.flatnonzero(lived >= _MIN_ANSWER_TOKENS)
-    if models.answer is not None and len(answered):
-        ranks = np.array([arrivals[i][2] for i in answered], dtype=np.float32)
-        some = [jobs[i] for i in answered]
-        logs[answered] = _by_answers(some, models, models.answer, ranks, logs[answered])
+    if models.answers:
+        # Younger ones than any model has seen keep the prompt's distribution, conditioned.
+        answered = np.flatnonzero(lived >= models.answers[0].from_tokens)
+        if len(answered):
+            ranks = np.array([arrivals[i][2] for i in answered], dtype=np.float32)
+            some = [jobs[i] for i in answered]
+            logs[answered] = _by_answers(some, models, ranks, logs[answered])
     limits = [
         max(job.max_tokens - job.output_tokens, 1) if job.max_tokens else _UNBOUNDED for job in jobs
     ]
@@ -58,15 +58,18 @@ def _look_at_prompts(jobs: Sequence[TrackedJob], models: Models) -> None:
 
 
 def _by_answers(
-    jobs: Sequence[TrackedJob],
-    models: Models,
-    model: AnswerModel,
-    ranks: Array,
-    by_prompt: Array,
+    jobs: Sequence[TrackedJob], models: Models, ranks: Array, by_prompt: Array
 ) -> Array:
     answers = answer_features([job.answer for job in jobs], jobs[0].table)
     asked = np.array([job.features.dense[ASKED] for job in jobs])
     rows = answer_rows(answers, asked, ranks, models.arrival.ridge.to_target(ranks))
     # Only now: the features have taken the newest tokens into the bags.
     bags = np.array([job.answer.bag for job in jobs])
-    return model.predict(rows, bags, by_prompt)
+    lived = np.array([job.output_tokens for job in jobs])
+    ends = [*(model.from_tokens for model in models.answers[1:]), _UNBOUNDED]
+    logs: Array = by_prompt.copy()
+    for model, end in zip(models.answers, ends, strict=True):
+        own = np.flatnonzero((model.from_tokens <= lived) & (lived < end))
+        if len(own):
+            logs[own] = model.predict(rows[own], bags[own], by_prompt[own])
+    return logs

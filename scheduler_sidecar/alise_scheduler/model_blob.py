@@ -40,10 +40,13 @@ def models_to_bytes(models: Models) -> bytes:
     _put_quantiles(arrays, "arrival", models.arrival.quantiles)
     for name in _RETRIEVAL:
         arrays[f"retrieval.{name}"] = getattr(models.arrival.retrieval, name)
-    if models.answer is not None:
-        _put_ridge(arrays, "answer", models.answer.ridge)
-        _put_quantiles(arrays, "answer", models.answer.quantiles)
-        arrays["answer.share"] = np.float64(models.answer.share)
+    for number, model in enumerate(models.answers):
+        prefix = _answer_prefix(number)
+        _put_ridge(arrays, prefix, model.ridge)
+        _put_quantiles(arrays, prefix, model.quantiles)
+        arrays[f"{prefix}.share"] = np.float64(model.share)
+        arrays[f"{prefix}.from_tokens"] = np.int64(model.from_tokens)
+    arrays["answers"] = np.int64(len(models.answers))
     file = io.BytesIO()
     np.savez(file, **arrays)
     return file.getvalue()
@@ -60,13 +63,23 @@ def models_from_bytes(blob: bytes) -> Models:
             arrays = {name: file[name] for name in file.files}
         retrieval = Retrieval(*(arrays[f"retrieval.{name}"] for name in _RETRIEVAL))
         arrival = ArrivalModel(_ridge(arrays, "arrival"), retrieval, _quantiles(arrays, "arrival"))
-        answer = None
-        if "answer.blocks" in arrays:
-            share = float(arrays["answer.share"])
-            answer = AnswerModel(_ridge(arrays, "answer"), _quantiles(arrays, "answer"), share)
-        return Models(arrival, answer)
+        prefixes = map(_answer_prefix, range(int(arrays["answers"])))
+        return Models(arrival, tuple(_answer(arrays, prefix) for prefix in prefixes))
     except Exception as error:
         raise ModelBlobError(f"unreadable model: {error}") from error
+
+
+def _answer_prefix(number: int) -> str:
+    return f"answer{number}"
+
+
+def _answer(arrays: dict[str, Any], prefix: str) -> AnswerModel:
+    return AnswerModel(
+        from_tokens=int(arrays[f"{prefix}.from_tokens"]),
+        ridge=_ridge(arrays, prefix),
+        quantiles=_quantiles(arrays, prefix),
+        share=float(arrays[f"{prefix}.share"]),
+    )
 
 
 def _put_ridge(arrays: dict[str, Any], prefix: str, ridge: Ridge) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import xgboost
 
 from alise_scheduler.lengths import QUANTILE_LEVELS
-from alise_scheduler.trees import DEPTH, Trees, flatten
+from alise_scheduler.trees import Trees, flatten
 
 Array = npt.NDArray[np.float32]
 
@@ -39,9 +39,13 @@ class QuantileModel:
 
 
 def fit_quantiles(
-    rows: Array, target: Array, groups: npt.NDArray[np.int64], rng: np.random.Generator
+    rows: Array,
+    target: Array,
+    groups: npt.NDArray[np.int64],
+    depth: int,
+    rng: np.random.Generator,
 ) -> tuple[QuantileModel, Array]:
-    """Fit on `rows` [n, width]; return also held-out quantiles.
+    """Fit on `rows` [n, width], trees of `depth` (3 at most); return also held-out quantiles.
 
     The coverage is corrected on folds that part the `groups`, and so are the quantiles held out.
     """
@@ -52,7 +56,7 @@ def fit_quantiles(
     for number in range(_FOLDS):
         test = fold == number
         if test.any() and not test.all():
-            plane, booster = _train(rows[~test], target[~test])
+            plane, booster = _train(rows[~test], target[~test], depth)
             added = booster.inplace_predict(rows[test]).reshape(-1, len(QUANTILE_LEVELS))
             held_out[test] = added + _on_plane(plane, rows[test])[:, None]
     errors = target[:, None] - held_out
@@ -60,7 +64,7 @@ def fit_quantiles(
         [np.quantile(errors[:, i], level) for i, level in enumerate(QUANTILE_LEVELS)],
         dtype=np.float32,
     )
-    plane, booster = _train(rows, target)
+    plane, booster = _train(rows, target, depth)
     trees = flatten(booster, rows.shape[1], len(QUANTILE_LEVELS))
     return QuantileModel(plane, trees, shifts), np.sort(held_out + shifts, axis=1)
 
@@ -70,7 +74,7 @@ def _on_plane(plane: Array, rows: Array) -> Array:
     return values
 
 
-def _train(rows: Array, target: Array) -> tuple[Array, Any]:
+def _train(rows: Array, target: Array, depth: int) -> tuple[Array, Any]:
     """Return the plane and the booster of what is left to add to it."""
     design = np.column_stack((np.ones(len(rows)), rows[:, :2].astype(np.float64)))
     plane = np.linalg.lstsq(design, target, rcond=None)[0].astype(np.float32)
@@ -80,7 +84,7 @@ def _train(rows: Array, target: Array) -> tuple[Array, Any]:
         "quantile_alpha": list(QUANTILE_LEVELS),
         "tree_method": "hist",
         "max_bin": 64,
-        "max_depth": DEPTH,
+        "max_depth": depth,
         "eta": 0.09,
         "subsample": 0.7,
         "min_child_weight": max(8.0, math.sqrt(len(rows)) / 2),

@@ -14,7 +14,7 @@ from alise_scheduler.prompt_features import BAG_BUCKETS, PROMPT_WIDTH, PromptFea
 from alise_scheduler.ridge import Bag
 from alise_scheduler.training import Sample, Snapshot
 
-LAYOUT_VERSION: Final = 4
+LAYOUT_VERSION: Final = 5
 """Raise it when a feature changes its meaning or place, or a model its form."""
 
 _HEADER: Final = struct.Struct("<II")  # output tokens (0: the prompt), buckets in the bag

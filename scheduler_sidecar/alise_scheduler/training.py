@@ -1,6 +1,6 @@
-"""From samples to models: one for jobs at arrival, one for answers in progress.
+"""From samples to models: one for jobs at arrival, two for answers in progress, by their age.
 
-Pure given samples and a random generator. Both models stack: a kernel ridge (and, at arrival,
+Pure given samples and a random generator. All models stack: a kernel ridge (and, at arrival,
 retrieval) reads the wide features, and XGBoost quantiles read its out-of-group prediction beside
 the few readable features.
 """
@@ -33,6 +33,12 @@ _ANSWER_LANDMARKS: Final = 256
 _MIN_ANSWER_ROWS: Final = 48
 _MAX_IMPUTED_SHARE: Final = 0.5
 _SHARES: Final = tuple(i / 10 for i in range(11))
+_ANSWER_AGES: Final = (8, 64)
+"""A model learns from all answers of this many tokens or more: what tells a long answer's rest
+differs from what tells a young one's, and there are fewer of them to learn it from."""
+_ARRIVAL_DEPTH: Final = 1
+"""One row for each job does not teach interactions: deeper trees lose the ridge's order."""
+_ANSWER_DEPTH: Final = 3
 
 _PROMPT_BLOCKS: Final = (
     (0, LEXICAL),
@@ -86,6 +92,8 @@ class ArrivalModel:
 class AnswerModel:
     """Quantiles of what remains of a job from its answer so far."""
 
+    from_tokens: int
+    """It has never seen younger answers."""
     ridge: Ridge
     quantiles: QuantileModel
     share: float
@@ -107,8 +115,9 @@ class Models:
     """What one training gives; replaced as a whole."""
 
     arrival: ArrivalModel
-    answer: AnswerModel | None
-    """None before enough answers were seen in progress."""
+    answers: tuple[AnswerModel, ...]
+    """By `from_tokens`, ascending: each is for answers younger than the next one's. Those that
+    have seen enough answers in progress."""
 
 
 def answer_rows(answers: Array, asked: Array, ranks: Array, logs: Array) -> Array:
@@ -192,12 +201,13 @@ def train(
     )
     retrieval, neighbours = fit_retrieval(dense, target)
     rows = _arrival_columns(dense, stacked, neighbours)
-    quantiles, held_out = fit_quantiles(rows, target, groups, rng)
+    quantiles, held_out = fit_quantiles(rows, target, groups, _ARRIVAL_DEPTH, rng)
     arrival = ArrivalModel(ridge, retrieval, quantiles)
     if only_arrival:
-        return Models(arrival, None)
+        return Models(arrival, ())
     by_prompt = _ByPrompt(dense[:, ASKED], stacked, ridge.to_target(stacked), held_out)
-    return Models(arrival, _train_answers(samples, lengths, by_prompt, rng))
+    answers = (_train_answers(samples, lengths, by_prompt, age, rng) for age in _ANSWER_AGES)
+    return Models(arrival, tuple(model for model in answers if model is not None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,13 +224,14 @@ def _train_answers(
     samples: Sequence[Sample],
     lengths: npt.NDArray[np.float64],
     by_prompt: _ByPrompt,
+    from_tokens: int,
     rng: np.random.Generator,
 ) -> AnswerModel | None:
     pairs = [
         (index, snapshot)
         for index, sample in enumerate(samples)
         for snapshot in sample.snapshots
-        if snapshot.output_tokens < lengths[index]
+        if from_tokens <= snapshot.output_tokens < lengths[index]
     ][-_MAX_ANSWER_ROWS:]
     if len(pairs) < _MIN_ANSWER_ROWS:
         return None
@@ -235,9 +246,10 @@ def _train_answers(
     ridge, own = fit_ridge(
         rows, bags, target, groups, written, _ANSWER_BLOCKS, _ANSWER_LANDMARKS, rng
     )
-    quantiles, held_out = fit_quantiles(_answer_columns(rows, own), target, groups, rng)
+    columns = _answer_columns(rows, own)
+    quantiles, held_out = fit_quantiles(columns, target, groups, _ANSWER_DEPTH, rng)
     rival = conditioned(by_prompt.log_quantiles[groups], written)
-    return AnswerModel(ridge, quantiles, best_share(rival, held_out, target))
+    return AnswerModel(from_tokens, ridge, quantiles, best_share(rival, held_out, target))
 
 
 def best_share(by_prompt: Array, by_answer: Array, target: Array) -> float:
