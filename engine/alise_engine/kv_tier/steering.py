@@ -92,19 +92,25 @@ class TierSteering:
         if slots > 0 or not self._tier.manager.used_slots():
             return
         queue = holding + list(islice(scheduler.waiting, _PREFETCHES_CONSIDERED))
+        held_tokens = [self._restorable_tokens(request) for request in queue]
+        if not any(held_tokens):
+            return
         load_s_per_token = self._tier.costs().load_s_per_token
         due = [
             request
-            for request, ewt_s in zip(queue, self._times(queue), strict=True)
-            if request.status == RequestStatus.PREEMPTED
-            # A batch in flight may still deliver its last token, and end it.
-            and not request.num_stale_output_tokens
-            and (tokens := self._tier.held_tokens(request)) > 0
+            for request, tokens, ewt_s in zip(queue, held_tokens, self._times(queue), strict=True)
+            if tokens
             and is_prefetch_due(ewt_s, tokens * load_s_per_token, step_s, self._parameters)
         ]
         for request in due:
             if request not in holding and not self._start_load(request):
                 return
+
+    def _restorable_tokens(self, request: Request) -> int:
+        """Return how many tokens of a job may be loaded now."""
+        # A batch in flight may still deliver a preempted job's last token, and end it.
+        is_out = request.status == RequestStatus.PREEMPTED and not request.num_stale_output_tokens
+        return self._tier.held_tokens(request) if is_out else 0
 
     def _start_load(self, request: Request) -> bool:
         """Give a job without a slot its blocks, and load them; False if there is no room."""
