@@ -111,10 +111,11 @@ def one_block(numbers: torch.Tensor, group: int) -> CpuBlocks:
 def _starts(half: torch.Tensor) -> npt.NDArray[np.int64]:
     """Return where K or V begins in memory, shape (layers, parts, heads)."""
     layer, _, part, head = (
-        np.arange(size, dtype=np.int64) * stride
+        np.arange(size, dtype=np.int64) * int(stride)
         for size, stride in zip(half.shape[:4], half.stride()[:4], strict=True)
     )
-    return half.storage_offset() + layer[:, None, None] + part[:, None] + head
+    first: int = half.storage_offset()
+    return first + layer[:, None, None] + part[:, None] + head
 
 
 def _in_kernels(function: _F) -> _F:

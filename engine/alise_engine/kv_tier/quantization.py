@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from alise_engine.kv_tier import cpu_kernels
@@ -76,8 +77,8 @@ class BlockCodec:
             return
         if self._compiled is not None:
             full = rows if tail_tokens is None else rows - 1
-            for block, slot in zip(blocks[:full], slots, strict=False):
-                self._compiled.pack(block, slot)
+            for row in range(full):
+                self._compiled.pack(blocks[row], slots[row])
             if tail_tokens is not None:
                 self._gather(blocks[full:], tail_tokens)
                 self._compiled_tail.pack(0, slots[full])
@@ -101,8 +102,8 @@ class BlockCodec:
                 self._pages.whole[:, block].copy_(self._exact(slots[row]))
             return
         if self._compiled is not None:
-            for slot, block in zip(slots, blocks, strict=True):
-                self._compiled.unpack(slot, block)
+            for row, block in enumerate(blocks):
+                self._compiled.unpack(slots[row], block)
             return
         values = self._dequantized(slots)
         for row, block in enumerate(blocks):
@@ -128,7 +129,7 @@ class BlockCodec:
         """Say whether a slot in host memory holds numbers: else a scale is infinite or NaN."""
         if not self._is_int8:
             return True
-        bits = self._packed_scales(slot[None]).view(torch.uint16).numpy()
+        bits = slot.numpy()[self._layout.data_bytes :].view(np.uint16)
         return int(bits.max()) < _INFINITE_SCALE
 
     def _gather(self, blocks: Sequence[int], tail_tokens: int | None) -> None:
