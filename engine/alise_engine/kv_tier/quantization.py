@@ -5,23 +5,25 @@
 A group of K is of some channels of a block's tokens, as K's large numbers stay in their channels; a
 group of V is one token's (KIVI, Liu et al., ICML 2024, arXiv 2402.02750). Device-neutral torch over
 all layers of some blocks at a time, in scratch memory that is made once: fresh memory for every
-step of it would cost more than the arithmetic.
+step of it would cost more than the arithmetic. For bfloat16 on a CPU, `cpu_kernels` do the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from alise_engine.kv_tier import cpu_kernels
 from alise_engine.kv_tier.layout import Quantization, SlotLayout
 from alise_engine.kv_tier.pages import KvPages
 
 _MAX_INT8 = 127.0
 _LEAST_SCALE = 2.0**-14
 """The smallest normal float16; a group of smaller numbers is stored as zeros or ones of it."""
-_HALF_EXPONENT = 0x7C00
-"""All these bits are set in a float16 that is infinite or NaN."""
+_INFINITE_SCALE = 0x7C00
+"""As a float16. No scale is negative, so that others are less, and NaN more."""
 
 
 class BlockCodec:
@@ -46,13 +48,19 @@ class BlockCodec:
         self._layout = layout
         self._pages = pages
         self._is_int8 = layout.quantization == Quantization.INT8
-        if self._is_int8:
-            groups = layout.block_elements // layout.group
-            shape = (rows, groups, layout.group)
-            device = pages.whole.device
-            self._values = torch.empty(shape, dtype=torch.float32, device=device)
-            self._magnitudes = torch.empty_like(self._values)
-            self._scales = self._values.new_empty(rows, groups, 1)
+        if not self._is_int8:
+            return
+        device = pages.whole.device
+        shape = (rows, layout.block_elements // layout.group, layout.group)
+        self._compiled = cpu_kernels.blocks_of(pages, layout.group)
+        if self._compiled is not None:
+            self._values = torch.empty((1, *shape[1:]), dtype=torch.bfloat16)
+            """The last block of a job, without what lies behind its tail."""
+            self._compiled_tail = cpu_kernels.one_block(self._values, layout.group)
+            return
+        self._values = torch.empty(shape, dtype=torch.float32, device=device)
+        self._magnitudes = torch.empty_like(self._values)
+        self._scales = self._values.new_empty(*shape[:2], 1)
 
     def encode(
         self, blocks: Sequence[int], slots: torch.Tensor, tail_tokens: int | None = None
@@ -67,13 +75,16 @@ class BlockCodec:
             for row, block in enumerate(blocks):
                 self._exact(slots[row]).copy_(self._pages.whole[:, block])
             return
+        if self._compiled is not None:
+            full = rows if tail_tokens is None else rows - 1
+            for row in range(full):
+                self._compiled.pack(blocks[row], slots[row])
+            if tail_tokens is not None:
+                self._gather(blocks[full:], tail_tokens)
+                self._compiled_tail.pack(0, slots[full])
+            return
+        self._gather(blocks, tail_tokens)
         values, scales = self._values[:rows], self._scales[:rows]
-        for row, block in enumerate(blocks):
-            keys, block_values = self._halves(values[row])
-            keys.copy_(self._pages.keys[:, block])
-            block_values.copy_(self._pages.values[:, block])
-        if tail_tokens is not None:
-            self._blank(values[rows - 1], tail_tokens)
         torch.abs(values, out=self._magnitudes[:rows])
         torch.amax(self._magnitudes[:rows], -1, keepdim=True, out=scales)
         scales.div_(_MAX_INT8).clamp_(min=_LEAST_SCALE)
@@ -90,6 +101,10 @@ class BlockCodec:
             for row, block in enumerate(blocks):
                 self._pages.whole[:, block].copy_(self._exact(slots[row]))
             return
+        if self._compiled is not None:
+            for row, block in enumerate(blocks):
+                self._compiled.unpack(slots[row], block)
+            return
         values = self._dequantized(slots)
         for row, block in enumerate(blocks):
             keys, block_values = self._halves(values[row])
@@ -100,6 +115,8 @@ class BlockCodec:
         """Return the root mean square error of `slot` over the root mean square of `block`."""
         if not self._is_int8:
             return torch.zeros(())
+        if self._compiled is not None:
+            return torch.tensor(self._compiled.relative_error(block, slot))
         halves = self._halves(self._dequantized(slot[None])[0])
         error = square = torch.zeros((), device=slot.device)
         for kept, pages in zip(halves, (self._pages.keys, self._pages.values), strict=True):
@@ -112,8 +129,17 @@ class BlockCodec:
         """Say whether a slot in host memory holds numbers: else a scale is infinite or NaN."""
         if not self._is_int8:
             return True
-        bits = self._packed_scales(slot[None]).view(torch.int16).numpy()
-        return not bool(((bits & _HALF_EXPONENT) == _HALF_EXPONENT).any())
+        bits = slot.numpy()[self._layout.data_bytes :].view(np.uint16)
+        return int(bits.max()) < _INFINITE_SCALE
+
+    def _gather(self, blocks: Sequence[int], tail_tokens: int | None) -> None:
+        """Copy blocks to the scratch, in a slot's order; see `encode`."""
+        for row, block in enumerate(blocks):
+            keys, values = self._halves(self._values[row])
+            keys.copy_(self._pages.keys[:, block])
+            values.copy_(self._pages.values[:, block])
+        if tail_tokens is not None:
+            self._blank(self._values[len(blocks) - 1], tail_tokens)
 
     def _dequantized(self, slots: torch.Tensor) -> torch.Tensor:
         rows = len(slots)
