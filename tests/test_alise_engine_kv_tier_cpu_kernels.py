@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from unittest import mock
 
 import numpy as np
@@ -161,3 +163,12 @@ def test_no_call_compiles() -> None:
     for kernel in (kernels.pack, kernels.unpack, kernels.error):
         with pytest.raises(TypeError, match="No matching definition"):
             kernel(0.5, 0.5, 0.5, 0.5, 0.5, 0.5)
+
+
+def test_plugins_do_not_import_numba() -> None:
+    program = "import sys, alise_engine.scheduler; print('llvmlite' in sys.modules)"
+    # Before a worker has started it makes vLLM's CPU platform fail.
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip().endswith("False")

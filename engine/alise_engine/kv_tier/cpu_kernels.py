@@ -83,14 +83,13 @@ class CpuBlocks:
 def blocks_of(pages: KvPages, group: int) -> CpuBlocks | None:
     """Return the blocks of `pages`; None where these kernels are not for them.
 
-    They are for bfloat16 on a CPU, with each head's K and V in a slot's order, as vLLM's CPU
+    They are for bfloat16, with each head's K and V in a slot's order, as vLLM's CPU
     attention has them.
     """
     keys, values = pages.keys, pages.values
     run = keys[0, 0, 0, 0].numel()
     if (
-        keys.device.type != "cpu"
-        or keys.dtype != torch.bfloat16
+        keys.dtype != torch.bfloat16
         or run % group
         or not all(half[0, 0, 0, 0].is_contiguous() for half in (keys, values))
     ):

@@ -11,13 +11,16 @@ step of it would cost more than the arithmetic. For bfloat16 on a CPU, `cpu_kern
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from alise_engine.kv_tier import cpu_kernels
 from alise_engine.kv_tier.layout import Quantization, SlotLayout
 from alise_engine.kv_tier.pages import KvPages
+
+if TYPE_CHECKING:
+    from alise_engine.kv_tier.cpu_kernels import CpuBlocks
 
 _MAX_INT8 = 127.0
 _LEAST_SCALE = 2.0**-14
@@ -52,7 +55,13 @@ class BlockCodec:
             return
         device = pages.whole.device
         shape = (rows, layout.block_elements // layout.group, layout.group)
-        self._compiled = cpu_kernels.blocks_of(pages, layout.group)
+        self._compiled: CpuBlocks | None = None
+        if device.type == "cpu":
+            # Not before a worker has started: vLLM's looks through all that is imported by then,
+            # and fails at a module of llvmlite, which numba brings.
+            from alise_engine.kv_tier import cpu_kernels
+
+            self._compiled = cpu_kernels.blocks_of(pages, layout.group)
         if self._compiled is not None:
             self._values = torch.empty((1, *shape[1:]), dtype=torch.bfloat16)
             """The last block of a job, without what lies behind its tail."""
