@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from alise_scheduler.answer_features import answer_features
 from alise_scheduler.conditioning import LARGEST_LOG, conditioned
@@ -38,7 +39,7 @@ def forecast(jobs: Sequence[TrackedJob], models: Models) -> list[Quantiles]:
         if len(answered):
             ranks = np.array([arrivals[i][2] for i in answered], dtype=np.float32)
             some = [jobs[i] for i in answered]
-            logs[answered] = _by_answers(some, models, ranks, logs[answered])
+            logs[answered] = _by_answers(some, lived[answered], models, ranks, logs[answered])
     limits = [
         max(job.max_tokens - job.output_tokens, 1) if job.max_tokens else _UNBOUNDED for job in jobs
     ]
@@ -58,14 +59,17 @@ def _look_at_prompts(jobs: Sequence[TrackedJob], models: Models) -> None:
 
 
 def _by_answers(
-    jobs: Sequence[TrackedJob], models: Models, ranks: Array, by_prompt: Array
+    jobs: Sequence[TrackedJob],
+    lived: npt.NDArray[np.int64],
+    models: Models,
+    ranks: Array,
+    by_prompt: Array,
 ) -> Array:
     answers = answer_features([job.answer for job in jobs], jobs[0].table)
     asked = np.array([job.features.dense[ASKED] for job in jobs])
     rows = answer_rows(answers, asked, ranks, models.arrival.ridge.to_target(ranks))
     # Only now: the features have taken the newest tokens into the bags.
     bags = np.array([job.answer.bag for job in jobs])
-    lived = np.array([job.output_tokens for job in jobs])
     ends = [*(model.from_tokens for model in models.answers[1:]), _UNBOUNDED]
     logs: Array = by_prompt.copy()
     for model, end in zip(models.answers, ends, strict=True):

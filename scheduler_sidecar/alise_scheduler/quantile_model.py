@@ -45,9 +45,10 @@ def fit_quantiles(
     depth: int,
     rng: np.random.Generator,
 ) -> tuple[QuantileModel, Array]:
-    """Fit on `rows` [n, width], trees of `depth` (3 at most); return also held-out quantiles.
+    """Fit on `rows` [n, width], trees of `depth`; return also held-out quantiles.
 
-    The coverage is corrected on folds that part the `groups`, and so are the quantiles held out.
+    `depth` is `trees.DEPTH` at most. The coverage is corrected on folds that part the `groups`, and
+    so are the quantiles held out.
     """
     unique = np.unique(groups)
     fold_of = dict(zip(unique.tolist(), rng.permutation(len(unique)) % _FOLDS, strict=True))

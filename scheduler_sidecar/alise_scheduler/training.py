@@ -23,6 +23,7 @@ from alise_scheduler.quantile_model import QuantileModel, fit_quantiles, pinball
 from alise_scheduler.retrieval import Retrieval, fit_retrieval
 from alise_scheduler.ridge import Bag, BagMatrix, Ridge, bag_matrix, fit_ridge
 from alise_scheduler.token_table import DIMENSIONS
+from alise_scheduler.trees import DEPTH
 
 Array = npt.NDArray[np.float32]
 
@@ -38,7 +39,6 @@ _ANSWER_AGES: Final = (8, 64)
 differs from what tells a young one's, and there are fewer of them to learn it from."""
 _ARRIVAL_DEPTH: Final = 1
 """One row for each job does not teach interactions: deeper trees lose the ridge's order."""
-_ANSWER_DEPTH: Final = 3
 
 _PROMPT_BLOCKS: Final = (
     (0, LEXICAL),
@@ -247,7 +247,7 @@ def _train_answers(
         rows, bags, target, groups, written, _ANSWER_BLOCKS, _ANSWER_LANDMARKS, rng
     )
     columns = _answer_columns(rows, own)
-    quantiles, held_out = fit_quantiles(columns, target, groups, _ANSWER_DEPTH, rng)
+    quantiles, held_out = fit_quantiles(columns, target, groups, DEPTH, rng)
     rival = conditioned(by_prompt.log_quantiles[groups], written)
     return AnswerModel(from_tokens, ridge, quantiles, best_share(rival, held_out, target))
 
