@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -87,22 +89,31 @@ def test_the_status_is_the_engines(server: Server, ports: tuple[int, int]) -> No
         return found
 
     before = status()["since_start"]["finished"]
+    asked = itertools.count()
+    has_seen = threading.Event()
+
+    def ask() -> None:
+        # Until the status was seen at work: on few cores the sidecar may get none for seconds.
+        while not has_seen.is_set():
+            server.answer(f"Tell me a story about {next(asked)}.", max_tokens=60)
+
     with ThreadPoolExecutor(20) as pool:
-        asked = [
-            pool.submit(server.answer, f"Tell me a story about {i}.", max_tokens=60)
-            for i in range(20)
-        ]
-        busy = eventually(lambda: (s := status())["jobs"]["running"] > 2 and s)
-        for answer in asked:
-            answer.result()
+        asking = [pool.submit(ask) for _ in range(20)]
+        try:
+            busy = eventually(lambda: (s := status())["jobs"]["running"] > 2 and s)
+        finally:
+            has_seen.set()
+        for each in asking:
+            each.result()
+    answers = next(asked)
     (engine,) = busy["engines"]
     assert engine["slots"] == 16
     assert engine["model"] == DEFAULT_MODEL_NAME
     assert all(row["prompt_tokens"] > 5 for row in busy["jobs"]["rows"])
     assert any(row["p50_tokens"] for row in busy["jobs"]["rows"])
     assert 0 <= max(row["age_s"] for row in busy["jobs"]["rows"]) < 120
-    after = eventually(lambda: (s := status())["since_start"]["finished"] == before + 20 and s)
+    after = eventually(lambda: (s := status())["since_start"]["finished"] == before + answers and s)
     assert after["jobs"]["running"] == 0
-    # With what the engine has told, the shadow runs; 50 jobs are more than a test waits for here.
+    # With what the engine has told, the shadow runs.
     page = httpx.get(f"http://127.0.0.1:{ports[1]}/metrics", timeout=60.0).text
-    assert "alise_shadow_jobs 0.0" in page
+    assert "\nalise_shadow_jobs " in page
