@@ -88,6 +88,8 @@ class TierEngine:
         """Run one iteration; jobs in `ending` end with its token."""
         self.steps += 1
         output = self.scheduler.schedule()
+        if output.total_num_scheduled_tokens:
+            self.scheduler.get_grammar_bitmask(output)  # asked once the batch is on its way
         meta = output.kv_connector_metadata
         worker = self.connector.connector_worker
         self.connector.bind_connector_metadata(meta)

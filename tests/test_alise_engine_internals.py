@@ -51,6 +51,13 @@ def test_vllm_is_the_pinned_version() -> None:
             AsyncScheduler._update_request_with_output,
             ["self", "request", "new_token_ids", "is_stale"],
         ),
+        (
+            Scheduler._update_request_with_output,
+            ["self", "request", "new_token_ids", "is_stale"],
+        ),
+        (Scheduler._update_after_schedule, ["self", "scheduler_output"]),
+        (AsyncScheduler._update_after_schedule, ["self", "scheduler_output"]),
+        (Scheduler.get_grammar_bitmask, ["self", "scheduler_output"]),
         (Scheduler.shutdown, ["self"]),
         (Scheduler._get_local_prefix_cache_hit, ["self", "request"]),
         (Scheduler._inflight_prefill_reserved_blocks, ["self"]),

@@ -19,6 +19,7 @@ from vllm.config import LoRAConfig
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 from vllm_factories import Driver, create_request
 
@@ -180,7 +181,34 @@ def test_a_new_stream_gets_all_live_jobs_and_then_events(make: Any) -> None:
     assert (progress.job_id, progress.output_tokens) == (jobs[0].request_id, 2)
     assert list(progress.new_token_ids) == [7, 7]
     (late,) = add(scheduler, 1)
+    driver.step()
     assert [event.job_id for event in client.of_type(Arrived)] == [late.request_id]
+
+
+def test_events_wait_until_the_batch_is_on_its_way(make: Any) -> None:
+    scheduler, client = make(slots=1)
+    driver = Driver(scheduler)
+    (first,) = add(scheduler, 1)
+    driver.step()
+    (second,) = add(scheduler, 1)
+    output = scheduler.schedule()
+    assert output.num_scheduled_tokens == {first.request_id: 1}
+    assert client.of_type(Arrived) == []
+    scheduler.get_grammar_bitmask(output)
+    assert [event.job_id for event in client.of_type(Arrived)] == [second.request_id]
+
+
+def test_a_snapshot_says_what_had_not_gone_out(make: Any) -> None:
+    scheduler, client = make(slots=1)
+    driver = Driver(scheduler)
+    add(scheduler, 1)
+    driver.step()
+    client.is_new, client.events = True, []
+    add(scheduler, 1)
+    driver.step()
+    (snapshot,) = client.of_type(Snapshot)
+    assert len(snapshot.jobs) == 2
+    assert client.of_type(Arrived) == []
 
 
 def test_a_job_with_drafts_to_verify_is_decoding(make: Any) -> None:
@@ -202,6 +230,7 @@ def test_a_job_with_drafts_to_verify_is_decoding(make: Any) -> None:
     )
     driver.step()
     scheduler._report(client)
+    scheduler._do_beside_the_model()
     steps = [
         (s.prefill_tokens, s.decode_jobs, s.decoded_tokens) for s in client.of_type(StepTiming)
     ]
@@ -226,6 +255,7 @@ def test_the_end_of_a_job_is_reported(make: Any, end: str, reason: int) -> None:
     else:
         driver.step({job.request_id} if end == "stop" else None)
         driver.step()
+    driver.step()  # vLLM asks once more when a job has ended
     (event,) = client.of_type(Finished)
     assert (event.job_id, event.reason) == (job.request_id, reason)
     assert event.output_tokens == {"stop": 2, "length": 3, "abort": 1}[end]
@@ -290,6 +320,8 @@ def random_run(
     while scheduler.requests:
         driver.step()
     driver.drain()
+    driver.step()  # as vLLM's engine core, which tells its workers what has ended
+    driver.drain()
     return trace, driver, requests
 
 
@@ -304,7 +336,8 @@ def test_without_estimates_every_step_is_stocks(
         "max_num_batched_tokens": 128,
     }
     for seed in range(5):
-        stock = build_scheduler(AsyncScheduler, tmp_path, **options)
+        stock_class = AsyncScheduler if batches_in_flight > 1 else Scheduler
+        stock = build_scheduler(stock_class, tmp_path, **options)
         ours, _ = make(**options)
         run = {"batches_in_flight": batches_in_flight, "client": None}
         stock_trace, *_ = random_run(stock, seed, **run)

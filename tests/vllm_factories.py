@@ -51,6 +51,8 @@ class Driver:
         Jobs in `stops` end with the token of the iteration that is processed.
         """
         output = self.scheduler.schedule()
+        if output.total_num_scheduled_tokens:
+            self.scheduler.get_grammar_bitmask(output)  # asked once the batch is on its way
         self._in_flight.append(output)
         while len(self._in_flight) >= self._batches_in_flight:
             self._process(self._in_flight.popleft(), stops or set())

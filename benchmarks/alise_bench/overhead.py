@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Final
@@ -71,10 +72,14 @@ class _Line:
         self.scheduler.add_request(build_request(next(self._numbers)))
 
     def step(self) -> float:
-        """Run one step; return the duration of `schedule()`, seconds."""
+        """Run one step; return the duration of `schedule()`, seconds.
+
+        With it `get_grammar_bitmask()`: ours does there, beside the model, what can wait.
+        """
         self._steps += 1
         begin = time.perf_counter()
         output = self.scheduler.schedule()
+        self.scheduler.get_grammar_bitmask(output)
         duration = time.perf_counter() - begin
         ending = set()
         if self._steps % _STEPS_PER_FINISH == 0 and self.scheduler.running:
@@ -106,9 +111,9 @@ def measure_overheads(
 def _measure(folder: Path, slots: int, waiting: int, steps: int) -> Overhead:
     with _sidecar(folder, jobs=slots + waiting + 10_000) as address:
         os.environ["ALISE_SCHEDULER"] = address
-        stock = _Line(build_scheduler(AsyncScheduler, folder, slots=slots), slots, waiting)
-        # As `alise serve` runs it.
-        scheduler = build_scheduler(AliseScheduler, folder, slots=slots, policy="priority")
+        build = partial(build_scheduler, folder=folder, slots=slots, async_scheduling=True)
+        stock = _Line(build(AsyncScheduler), slots, waiting)
+        scheduler = build(AliseScheduler, policy="priority")  # as `alise serve` runs it
         try:
             ours = _Line(scheduler, slots, waiting)
             ours.settle()

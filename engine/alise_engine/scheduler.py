@@ -19,7 +19,7 @@ from alise_scheduler.events import Preempted, StepTiming
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import KV_FETCH_IN_PROGRESS
 from vllm.v1.request import Request, RequestStatus
@@ -37,7 +37,7 @@ from alise_engine.dispatch import (
     choose_victims,
     is_far_behind,
 )
-from alise_engine.events import Snapshot
+from alise_engine.events import EngineEvent, Snapshot
 from alise_engine.hello import HelloMaker
 from alise_engine.job_queue import KeyedRequestQueue
 from alise_engine.jobs import JobRecord, arrived, finished, progress
@@ -69,6 +69,8 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._settings = EngineSettings.from_env(os.environ)
         self._jobs: dict[str, JobRecord] = {}  # req_id -> record
         self._client: SidecarClient | None = None
+        # vLLM's synchronous mode does not need what `AsyncScheduler` does per job in each step.
+        self._is_async = bool(self.scheduler_config.async_scheduling)
         self._tier = tier_of(self.connector)
         if self._tier is not None:
             self._tier.prefill_s_per_token = DEFAULT_COSTS.prefill_s_per_token
@@ -86,6 +88,9 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._ranked_jobs = 0
         self._next_report_s = 0.0
         self._no_block_preemption_until_s = 0.0
+        self._events: list[EngineEvent] = []
+        """For the sidecar. They go out beside the model: the stream's threads would take turns with
+        this one, which has the step to start."""
         self._steps: list[StepTiming] = []
         self._open_step: tuple[float, int, int, int] | None = None
         self._accepted_drafts = 0  # since a step was closed
@@ -120,7 +125,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             record = JobRecord(request, class_, self._next_number, time.monotonic())
             self._next_number += 1
             self._jobs[request.request_id] = record
-            self._client.send(arrived(record))
+            self._events.append(arrived(record))
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -138,8 +143,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         if self._tier is not None and self._steering is not None:
             self._tier.prefill_s_per_token = self._client.costs.prefill_s_per_token
             self._steering.prefetch(self._step_s)
-            if self._ranked_jobs:
-                self._steering.store_ahead(self._step_s)
+            self._steering.store_ahead()
         slots = self.max_num_active_reqs
         self._returning = {job_id for job_id in self._returning if self._is_loading(job_id)}
         self.max_num_active_reqs = slots - len(self._returning)
@@ -152,10 +156,15 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
                 self.waiting.add_request(request)
         self._count_recomputed(output)
         self._open_step_of(output, now_s)
-        if now_s >= self._next_report_s or not self._jobs:
-            self._next_report_s = now_s + REPORT_INTERVAL_S
-            self._report(self._client)
+        if not output.num_scheduled_tokens:  # there is no batch to wait for
+            self._do_beside_the_model()
         return output
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """Do what vLLM does; it asks as soon as a batch is on its way, and waits for it then."""
+        if self._client is not None:
+            self._do_beside_the_model()
+        return super().get_grammar_bitmask(scheduler_output)
 
     def shutdown(self) -> None:
         """End the stream with the engine."""
@@ -172,10 +181,15 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
                 record.first_token_s = time.monotonic() - record.arrival_s
                 if (stats := request.prefill_stats) is not None:
                     record.cached_prompt_tokens = stats.num_cached_tokens
-        result: tuple[list[int], bool] = super()._update_request_with_output(
+        parent: Any = super() if self._is_async else super(AsyncScheduler, self)
+        result: tuple[list[int], bool] = parent._update_request_with_output(
             request, new_token_ids, is_stale
         )
         return result
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        parent: Any = super() if self._is_async else super(AsyncScheduler, self)
+        parent._update_after_schedule(scheduler_output)
 
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False
@@ -187,7 +201,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             tokens = min(request.num_computed_tokens, request.num_tokens)
             self._lost_tokens[request.request_id] = tokens
             self._unreported_preempted_tokens += tokens
-            self._client.send(Preempted(request.request_id, request.num_output_tokens))
+            self._events.append(Preempted(request.request_id, request.num_output_tokens))
         super()._preempt_request(request, timestamp, drop_stale_output=drop_stale_output)
 
     def _set_kv_fetch_stage(self, request: Request, stage: str | None) -> None:
@@ -207,7 +221,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         if record is not None and self._client is not None:
             self._ranked_jobs -= record.is_ranked
             self._lost_tokens.pop(request.request_id, None)
-            self._client.send(finished(record))
+            self._events.append(finished(record))
         result: tuple[dict[str, Any] | None, dict[str, Any] | None] = super()._free_request(
             request, delay_free_blocks
         )
@@ -221,6 +235,19 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             and job_id not in self.finished_recving_kv_req_ids
         )
 
+    def _do_beside_the_model(self) -> None:
+        """Do what can wait until a batch is on its way, so that no step takes longer by it."""
+        assert self._client is not None
+        if self._steering is not None and self._ranked_jobs:
+            self._steering.plan_stores(self._step_s)
+        now_s = time.monotonic()
+        if now_s >= self._next_report_s or not self._jobs:
+            self._next_report_s = now_s + REPORT_INTERVAL_S
+            self._report(self._client)
+        for event in self._events:
+            self._client.send(event)
+        self._events.clear()
+
     # Estimates in, decisions out.
 
     def _key_of(self, request: Request) -> OrderKey:
@@ -230,6 +257,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         client = self._client
         assert client is not None
         if client.wants_snapshot():
+            self._events.clear()
             client.send_snapshot(self._snapshot())
         if self._ranked_jobs and client.down_for_s(now_s) > self._settings.stale_after_s:
             logger.warning(
@@ -375,9 +403,8 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         for request in self.running:
             record = self._jobs[request.request_id]
             if request.num_output_tokens > record.reported_tokens:
-                client.send(progress(record))
-        for step in self._steps:
-            client.send(step)
+                self._events.append(progress(record))
+        self._events += self._steps
         self._steps.clear()
         metrics.SIDECAR_CONNECTED.set(client.down_for_s(time.monotonic()) == 0)
         metrics.RANKED_JOBS.set(self._ranked_jobs)

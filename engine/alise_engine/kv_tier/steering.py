@@ -65,6 +65,7 @@ class TierSteering:
         self._parameters = TierParameters()
         self._prefetches: dict[str, bool] = {}  # req_id -> whether a slot had to wait for it
         self._credit_blocks = 0.0
+        self._planned: list[tuple[str, int]] = []  # (req_id, blocks) to store in the next step
         tier.manager.waiting_times = self.waiting_times
 
     def waiting_times(self, job_id: str) -> Mapping[str, float]:
@@ -162,17 +163,24 @@ class TierSteering:
             del self._prefetches[job_id]
             metrics.PREFETCHES.labels("late" if was_late else "in_time").inc()
 
-    def store_ahead(self, step_s: float) -> None:
-        """Store some blocks of likely victims, while somebody waits for a slot."""
+    def plan_stores(self, step_s: float) -> None:
+        """Choose some blocks of likely victims to store ahead, while somebody waits for a slot."""
         if not self._scheduler.waiting:
             return
         block_s = self._tier.costs().store_s_per_token * self._tier.block_tokens
         budget = store_budget_blocks(step_s, block_s, self._parameters)
         self._credit_blocks = min(self._credit_blocks, _SPARE_BLOCKS) + budget
-        chosen = choose_stores(self._likely_victims(), int(self._credit_blocks), self._parameters)
-        for job_id, blocks in chosen:
-            self._tier.store_ahead(self._scheduler.requests[job_id], blocks)
-            self._credit_blocks -= blocks
+        budget_blocks = int(self._credit_blocks)
+        self._planned = choose_stores(self._likely_victims(), budget_blocks, self._parameters)
+
+    def store_ahead(self) -> None:
+        """Store what was planned beside the last step, of jobs that still run."""
+        planned, self._planned = self._planned, []
+        for job_id, blocks in planned:
+            request = self._scheduler.requests.get(job_id)
+            if request is not None and self._jobs.is_likely_victim(request):
+                self._tier.store_ahead(request, blocks)
+                self._credit_blocks -= blocks
 
     def _likely_victims(self) -> Iterator[LikelyVictim]:
         # The scheduler keeps `running` best first.
