@@ -45,13 +45,19 @@ def test_a_step_is_held_until_its_time_is_up(
         clock.take(between_s)
         logits(logits_s)
         assert clock.now_s == pytest.approx(step * whole_s)
+    late_s = max(layers_s + logits_s - 1.0, 0.0)
+    assert hold.steps == 2
+    assert hold.late_steps == (2 if late_s else 0)
+    assert hold.late_s == pytest.approx(2 * late_s)
 
 
 def test_without_a_step_nothing_is_held() -> None:
     clock = Clock()
     hold = Hold(clock, clock.take)
+    assert hold.counted(lambda: clock.take(0.5))() is None  # warming up
     assert hold.ending(lambda: "logits")() == "logits"
-    assert clock.now_s == 0.0
+    assert clock.now_s == 0.5
+    assert (hold.steps, hold.late_steps) == (0, 0)
 
 
 def test_a_steps_time_is_that_of_its_work() -> None:

@@ -18,7 +18,7 @@ from alise_scheduler.events import (
     StepTiming,
 )
 from alise_scheduler.jobs import JobTable, next_milestone
-from alise_scheduler.policy import GAMMA_SHARE, Policy, gamma_for
+from alise_scheduler.policy import GAMMA_SHARE, Policy, gamma_for, overdue_s
 from alise_scheduler.predictor import Outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -264,6 +264,50 @@ def test_gamma_falls_as_jobs_wait_and_rises_as_they_end() -> None:
         state.apply(Finished(f"{index}", FinishReason.STOP, 1000, []))
     settle(state)
     assert state.pricing.parameters.gamma_per_s > 3 * crowded
+
+
+def overdue_jobs(state: EngineState, now_s: float) -> list[str]:
+    state.hear(now_s, now_s)
+    settle(state)
+    return [job_id for job_id, job in state.table.jobs.items() if job.is_overdue]
+
+
+def test_a_job_older_than_fcfs_would_make_it_goes_before_all_younger_ones() -> None:
+    state, _ = state_of()
+    state.introduction = Introduction(slots=4)
+    state.apply(Arrived("long", 0.0, prompt_input(4000, prompt_tokens=1)))
+    for index in range(43):
+        state.apply(Arrived(f"{index}", 1.0 + index, prompt_input(1000, prompt_tokens=1)))
+    settle(state)
+    service_s = state.mean_service_s
+    assert service_s is not None
+    due_s = overdue_s(service_s, 10 * service_s)
+    assert overdue_jobs(state, due_s - 0.5) == []
+    assert overdue_jobs(state, due_s + 0.4) == []  # it looks once in a second, not every time
+    assert overdue_jobs(state, due_s + 0.6) == ["long"]
+    state.apply(Arrived("late and short", due_s, prompt_input(1, prompt_tokens=1)))
+    settle(state)
+    jobs = state.table.jobs
+    late, overdue = jobs["late and short"].sent, jobs["long"].sent
+    assert late is not None
+    assert overdue is not None
+    assert overdue.priority < late.priority
+
+
+def test_an_engine_whose_clock_begins_anew_has_overdue_jobs_too() -> None:
+    state, _ = state_of()
+    state.introduction = Introduction(slots=4)
+    assert overdue_jobs(state, 1e6) == []
+    state.connect()
+    state.apply(Arrived("a", 0.0, prompt_input(10, prompt_tokens=1)))
+    state.apply(SnapshotEnd())
+    assert overdue_jobs(state, 1000.0) == ["a"]
+
+
+def test_with_a_fixed_gamma_nobody_is_overdue() -> None:
+    state, _ = state_of(gamma=0.123)
+    state.apply(Arrived("a", 0.0, prompt_input(10, prompt_tokens=1)))
+    assert overdue_jobs(state, 1e6) == []
 
 
 def test_a_fixed_gamma_stays() -> None:

@@ -12,10 +12,11 @@ from alise_scheduler.policy import (
     PolicyParameters,
     boost_s,
     expected_boost_s,
-    first_tokens_priority,
     gamma_for,
     mlfq_level,
+    overdue_s,
     priority,
+    soonest_priority,
     starvation_bound_s,
 )
 from hypothesis import assume, given
@@ -64,6 +65,17 @@ def test_no_job_that_arrives_after_the_bound_overtakes(own, other, arrival, extr
     assert priority(Policy.BOOST, late, tunables) > mine
 
 
+@given(own=works, other=works, arrival=seconds, younger_s=st.floats(1e-3, 1e5), tunables=parameters)
+def test_no_younger_job_overtakes_one_that_is_overdue(own, other, arrival, younger_s, tunables):
+    mine = priority(Policy.BOOST, JobView(arrival, own, is_overdue=True), tunables)
+    assert mine < priority(Policy.BOOST, JobView(arrival + younger_s, other), tunables)
+
+
+def test_a_job_is_overdue_somewhat_after_the_longest_wait_and_a_service() -> None:
+    assert overdue_s(10.0, 60.0) == pytest.approx(88.0)
+    assert overdue_s(10.0, 0.0) == 20.0
+
+
 @given(work, work, gammas)
 def test_boost_falls_with_work(one, other, gamma) -> None:
     assume(one < other)
@@ -99,13 +111,13 @@ def test_large_gamma_is_fcfs_and_small_gamma_is_sjf() -> None:
 
 
 def test_gamma_is_a_share_of_the_inverse_of_the_mean_service_time() -> None:
-    assert gamma_for(10.0, 0.0) == pytest.approx(0.075)
+    assert gamma_for(10.0, 0.0) == pytest.approx(0.07)
     assert math.isfinite(gamma_for(0.0, 0.0))
 
 
 def test_a_wait_beyond_a_service_time_makes_gamma_favour_the_mean() -> None:
     assert gamma_for(10.0, 9.9) == gamma_for(10.0, 0.0)
-    assert gamma_for(10.0, 110.0) == pytest.approx(0.75 / 60.0)
+    assert gamma_for(10.0, 110.0) == pytest.approx(0.7 / 70.0)
 
 
 @given(arrival=seconds, less=work, more=work, tunables=parameters)
@@ -145,7 +157,7 @@ def test_mlfq_sorts_by_level_and_then_by_arrival(one, other) -> None:
 
 @given(works, seconds, parameters)
 def test_first_tokens_go_before_all_who_have_theirs_within_the_bound(own, arrival, tunables):
-    early = first_tokens_priority(arrival, tunables)
+    early = soonest_priority(arrival, tunables)
     assert early <= priority(Policy.BOOST, JobView(arrival, own), tunables)
     # The bound on starvation is that of the least work: no early job is boosted beyond it.
     assert arrival - early == pytest.approx(boost_s(tunables.least_work_s, tunables.gamma_per_s))

@@ -14,10 +14,15 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from alise_scheduler.cost_model import StepCost
+from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from alise_bench.simulation.profiles import load_profile
 from alise_bench.systems import PACE_VARIABLE
+
+logger = init_logger("vllm.alise.pace")
+
+_STEPS_PER_LINE: Final = 500
 
 
 class Hold:
@@ -27,10 +32,20 @@ class Hold:
         self._clock: Final = clock
         self._sleep: Final = sleep
         self._left_s = 0.0
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        """Forget the steps so far."""
+        self.steps = 0
+        self.late_steps = 0
+        """Those that took longer by themselves."""
+        self.late_s = 0.0
+        """By how much, in sum."""
 
     def begin(self, step_s: float) -> None:
         """Begin a step that takes `step_s` at least, in the wrapped functions alone."""
         self._left_s = step_s
+        self.steps += 1
 
     def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return `function`, whose time counts towards the step's."""
@@ -51,6 +66,9 @@ class Hold:
             result = counting(*args, **kwargs)
             if self._left_s > 0:
                 self._sleep(self._left_s)
+            elif self.steps:
+                self.late_steps += 1
+                self.late_s -= self._left_s
             self._left_s = 0.0
             return result
 
@@ -82,5 +100,15 @@ class PacedWorker(CPUWorker):  # type: ignore[misc]  # vLLM is Any to mypy
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run one step, as long as the profile says."""
-        self._hold.begin(step_seconds(scheduler_output, self._step_cost))
-        return super().execute_model(scheduler_output)
+        hold = self._hold
+        hold.begin(step_seconds(scheduler_output, self._step_cost))
+        result = super().execute_model(scheduler_output)
+        if hold.steps >= _STEPS_PER_LINE:
+            logger.info(
+                "Of the last %d steps %d took longer than the profile says, by %.2f s in all",
+                hold.steps,
+                hold.late_steps,
+                hold.late_s,
+            )
+            hold.count_anew()
+        return result

@@ -20,16 +20,18 @@ from alise_scheduler.estimates import (
     is_news,
     mean_service_s,
 )
-from alise_scheduler.events import Event, FinishReason, StepTiming
+from alise_scheduler.events import Arrived, Event, FinishReason, StepTiming
 from alise_scheduler.history import HISTORY_JOBS, HISTORY_STEPS, PastJob
 from alise_scheduler.jobs import Ended, Job, JobTable
 from alise_scheduler.lengths import Quantiles, mean, remaining_after
-from alise_scheduler.policy import Policy, PolicyParameters, gamma_for
+from alise_scheduler.policy import Policy, PolicyParameters, gamma_for, overdue_s
 from alise_scheduler.predictor import Outcome, PromptInput, TrackedJob
 
 PREDICTIONS_PER_STEP: Final = 64
 """Small enough that other engines' events wait only some milliseconds for a step."""
 _ESTIMATES_PER_STEP: Final = 256
+_OVERDUE_LOOK_S: Final = 1.0
+_QUEUE_FORGOTTEN_SHARE: Final = 1 / 256  # with each arrival, of the longest queue
 _NOTICEABLE_SHARE: Final = 0.1  # smaller changes of gamma or rates are not worth re-pricing
 
 _OUTCOME_OF: Final = {
@@ -118,6 +120,9 @@ class EngineState:
     _predicted: MeanTokens = field(default_factory=MeanTokens)
     _model_version: int = 0
     _rates_are_news: bool = True
+    _longest_queue: float = 0.0
+    """Of those that newcomers met of late, jobs for each slot."""
+    _next_overdue_look_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.table = JobTable(self.predictor.track, self.settings.true_tokens_of)
@@ -137,6 +142,7 @@ class EngineState:
             job.sent = None
         self.table.mark_unpriced(self.table.jobs.values())
         self._rates_are_news = True
+        self._next_overdue_look_s = 0.0  # its clock may have begun anew
 
     def hear(self, sent_s: float, now_s: float) -> None:
         """Note when a message was sent (engine's clock) and received (ours)."""
@@ -161,6 +167,9 @@ class EngineState:
             self._steps.append(event)
             return None
         ended = self.table.apply(event)
+        if isinstance(event, Arrived):
+            remembered = (1 - _QUEUE_FORGOTTEN_SHARE) * self._longest_queue
+            self._longest_queue = max(self._queue(), remembered)
         if ended is not None:
             self._remember(ended)
             self._learn(ended)
@@ -171,6 +180,7 @@ class EngineState:
         if self.table.is_in_snapshot:
             return None
         self._follow_pricing()
+        self._mark_overdue()
         if self.predictor.model_version != self._model_version:
             self._model_version = self.predictor.model_version
             self.table.mark_all_due()
@@ -257,7 +267,23 @@ class EngineState:
         service_s = mean_service_s(self._finished, self._predicted, pricing.rates)
         if service_s is None:
             return pricing.parameters.gamma_per_s
+        return gamma_for(service_s, self._queue() * service_s)
+
+    def _queue(self) -> float:
+        """Return how many jobs wait for each slot, about as many services as a newcomer waits."""
         slots = self.introduction.slots
         # By how many there are, and not by their estimates: it is asked with every batch of news.
-        queue = max(len(self.table.jobs) / slots - 1.0, 0.0) if slots else 0.0
-        return gamma_for(service_s, queue * service_s)
+        return max(len(self.table.jobs) / slots - 1.0, 0.0) if slots else 0.0
+
+    def _mark_overdue(self) -> None:
+        service_s = self.mean_service_s
+        follows_load = self.settings.policy is Policy.BOOST and self.settings.gamma_per_s is None
+        if not follows_load or service_s is None or self.heard_s < self._next_overdue_look_s:
+            return
+        self._next_overdue_look_s = self.heard_s + _OVERDUE_LOOK_S
+        latest_s = self.heard_s - overdue_s(service_s, self._longest_queue * service_s)
+        jobs = self.table.jobs.values()
+        overdue = [job for job in jobs if job.arrival_s < latest_s and not job.is_overdue]
+        for job in overdue:
+            job.is_overdue = True
+        self.table.mark_unpriced(overdue)

@@ -16,8 +16,8 @@ from alise_scheduler.policy import (
     JobView,
     Policy,
     PolicyParameters,
-    first_tokens_priority,
     priority,
+    soonest_priority,
 )
 
 # An update is news when the priority moved by this share of Boost's time scale 1 / gamma ...
@@ -87,6 +87,7 @@ def estimate(job: Job, pricing: Pricing) -> Estimate | None:
         remaining_s=tuple([prefill_left_s + tokens * per_token_s for tokens in left_tokens]),
         attained_s=(prefill_s if job.output_tokens else 0.0) + job.output_tokens * per_token_s,
         prefill_s=prefill_s,
+        is_overdue=job.is_overdue,
     )
     value = place(view, job.output_tokens, pricing)
     expected_tokens = mean(left_tokens) if left_tokens else 0.0
@@ -106,7 +107,7 @@ def place(view: JobView, output_tokens: int, pricing: Pricing) -> float:
     """Return the priority of a job with so many tokens of its answer out."""
     if output_tokens < pricing.first_tokens:
         # All that it asks for now are its first tokens; then it is placed as what it is.
-        return first_tokens_priority(view.arrival_s, pricing.parameters)
+        return soonest_priority(view.arrival_s, pricing.parameters)
     return priority(pricing.policy, view, pricing.parameters)
 
 

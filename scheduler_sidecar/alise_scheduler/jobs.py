@@ -56,6 +56,8 @@ class Job:
     """The answer's length if an oracle knows it."""
     output_tokens: int = 0
     is_running: bool = False
+    is_overdue: bool = False
+    """It is so old that it goes before all younger ones, from now on."""
     preempted_at_tokens: int | None = None
     """Set while the job is out of its slot after having had one."""
     preemptions: int = 0

@@ -37,6 +37,8 @@ class JobView:
     """Service received so far."""
     prefill_s: float = 0.0
     """Time that the prompt takes: MLFQ's skip-join sorts new jobs by it."""
+    is_overdue: bool = False
+    """Boost: it goes before all that came after it (`overdue_s`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,9 @@ class PolicyParameters:
     mlfq_levels: int = 8
 
 
-GAMMA_SHARE: Final = 0.75
-WAIT_SHARE: Final = 0.5
+GAMMA_SHARE: Final = 0.7
+WAIT_SHARE: Final = 0.6
+_OVERDUE_WAITS: Final = 1.3
 _MLFQ_LEVEL_S: Final = 1e6  # far above any difference between arrivals in one queue
 
 
@@ -69,6 +72,17 @@ def gamma_for(mean_service_s: float, wait_s: float) -> float:
     """
     longer_s = max(wait_s - mean_service_s, 0.0)
     return GAMMA_SHARE / max(mean_service_s + WAIT_SHARE * longer_s, 1e-3)
+
+
+def overdue_s(mean_service_s: float, longest_wait_s: float) -> float:
+    """Return the age (s) at which a job goes before all younger ones, whatever it has left.
+
+    It is somewhat more than the longest time that any job takes with FCFS: its wait, by what
+    newcomers had before them of late, and its service. So what overtaking adds to the tail ends
+    there. By that more jobs go on gaining in a lasting overload, where all wait
+    about as long. Not before two service times, when there are hardly any waits.
+    """
+    return max(_OVERDUE_WAITS * longest_wait_s, mean_service_s) + mean_service_s
 
 
 def boost_s(work_s: float, gamma_per_s: float) -> float:
@@ -103,6 +117,8 @@ def starvation_bound_s(parameters: PolicyParameters, work_s: float) -> float:
 
 
 def _boost(job: JobView, parameters: PolicyParameters) -> float:
+    if job.is_overdue:
+        return soonest_priority(job.arrival_s, parameters)
     gamma, least = parameters.gamma_per_s, parameters.least_work_s
     return job.arrival_s - expected_boost_s(job.remaining_s, gamma, least)
 
@@ -114,8 +130,8 @@ def _boost_attained(job: JobView, parameters: PolicyParameters) -> float:
     return job.arrival_s - boost_s(known_s, parameters.gamma_per_s)
 
 
-def first_tokens_priority(arrival_s: float, parameters: PolicyParameters) -> float:
-    """Return the priority of a job whose first tokens are to come early: the largest boost.
+def soonest_priority(arrival_s: float, parameters: PolicyParameters) -> float:
+    """Return the priority of a job that is to go before all later ones: the largest boost.
 
     It is the one of a job with the least work, so that the bound on starvation holds.
     """

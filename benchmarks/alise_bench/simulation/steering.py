@@ -131,6 +131,7 @@ class AliseSteering:
     def steer(self, replica: Replica) -> float:
         """Report progress, take estimates, preempt and prefetch as the engine does in a step."""
         now_s = replica.now_s
+        self._state.hear(now_s, now_s)
         is_contended = bool(replica.waiting) and replica.free_slots < 1
         if is_contended and now_s >= self._next_report_s:
             self._report(replica)
