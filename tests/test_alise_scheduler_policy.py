@@ -111,13 +111,13 @@ def test_large_gamma_is_fcfs_and_small_gamma_is_sjf() -> None:
 
 
 def test_gamma_is_a_share_of_the_inverse_of_the_mean_service_time() -> None:
-    assert gamma_for(10.0, 0.0) == pytest.approx(0.07)
+    assert gamma_for(10.0, 0.0) == pytest.approx(0.075)
     assert math.isfinite(gamma_for(0.0, 0.0))
 
 
 def test_a_wait_beyond_a_service_time_makes_gamma_favour_the_mean() -> None:
     assert gamma_for(10.0, 9.9) == gamma_for(10.0, 0.0)
-    assert gamma_for(10.0, 110.0) == pytest.approx(0.7 / 70.0)
+    assert gamma_for(10.0, 110.0) == pytest.approx(0.75 / 60.0)
 
 
 @given(arrival=seconds, less=work, more=work, tunables=parameters)

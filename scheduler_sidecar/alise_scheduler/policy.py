@@ -56,8 +56,8 @@ class PolicyParameters:
     mlfq_levels: int = 8
 
 
-GAMMA_SHARE: Final = 0.7
-WAIT_SHARE: Final = 0.6
+GAMMA_SHARE: Final = 0.75
+WAIT_SHARE: Final = 0.5
 _OVERDUE_WAITS: Final = 1.3
 _MLFQ_LEVEL_S: Final = 1e6  # far above any difference between arrivals in one queue
 
@@ -77,10 +77,9 @@ def gamma_for(mean_service_s: float, wait_s: float) -> float:
 def overdue_s(mean_service_s: float, longest_wait_s: float) -> float:
     """Return the age (s) at which a job goes before all younger ones, whatever it has left.
 
-    It is somewhat more than the longest time that any job takes with FCFS: its wait, by what
-    newcomers had before them of late, and its service. So what overtaking adds to the tail ends
-    there. By that more jobs go on gaining in a lasting overload, where all wait
-    about as long. Not before two service times, when there are hardly any waits.
+    That is the longest time that any job takes with FCFS, its wait by what newcomers had before them
+    of late and its service, and somewhat more: short jobs go on gaining by what is more in a lasting
+    overload, where all wait about as long. Not before two service times, when hardly anybody waits.
     """
     return max(_OVERDUE_WAITS * longest_wait_s, mean_service_s) + mean_service_s
 
