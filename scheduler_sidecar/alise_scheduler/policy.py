@@ -77,9 +77,10 @@ def gamma_for(mean_service_s: float, wait_s: float) -> float:
 def overdue_s(mean_service_s: float, longest_wait_s: float) -> float:
     """Return the age (s) at which a job goes before all younger ones, whatever it has left.
 
-    That is the longest time that any job takes with FCFS, its wait by what newcomers had before them
-    of late and its service, and somewhat more: short jobs go on gaining by what is more in a lasting
-    overload, where all wait about as long. Not before two service times, when hardly anybody waits.
+    That is the longest time that any job takes with FCFS (its wait, by what newcomers had before
+    them of late, and its service) and somewhat more, by which short jobs go on gaining in a lasting
+    overload, where all wait about as long. Not before two service times, as then hardly anybody
+    waits.
     """
     return max(_OVERDUE_WAITS * longest_wait_s, mean_service_s) + mean_service_s
 
