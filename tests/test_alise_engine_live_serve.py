@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from alise_engine.default_model import DEFAULT_MODEL_NAME, ensure_default_model
+from alise_scheduler.shadow import MIN_JOBS
 from live_server import Server, free_port, serving
 from patience import eventually
 
@@ -114,6 +115,8 @@ def test_the_status_is_the_engines(server: Server, ports: tuple[int, int]) -> No
     assert 0 <= max(row["age_s"] for row in busy["jobs"]["rows"]) < 120
     after = eventually(lambda: (s := status())["since_start"]["finished"] == before + answers and s)
     assert after["jobs"]["running"] == 0
-    # With what the engine has told, the shadow runs.
+    # With what the engine has told, the shadow runs, and compares from `MIN_JOBS` jobs on.
     page = httpx.get(f"http://127.0.0.1:{ports[1]}/metrics", timeout=60.0).text
     assert "\nalise_shadow_jobs " in page
+    if after["since_start"]["finished"] < MIN_JOBS:
+        assert "alise_shadow_jobs 0.0" in page

@@ -69,8 +69,6 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._settings = EngineSettings.from_env(os.environ)
         self._jobs: dict[str, JobRecord] = {}  # req_id -> record
         self._client: SidecarClient | None = None
-        # vLLM's synchronous mode does not need what `AsyncScheduler` does per job in each step.
-        self._is_async = bool(self.scheduler_config.async_scheduling)
         self._tier = tier_of(self.connector)
         if self._tier is not None:
             self._tier.prefill_s_per_token = DEFAULT_COSTS.prefill_s_per_token
@@ -162,7 +160,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
         """Do what vLLM does; it asks as soon as a batch is on its way, and waits for it then."""
-        if self._client is not None:
+        if self._client is not None and scheduler_output.num_scheduled_tokens:
             self._do_beside_the_model()
         return super().get_grammar_bitmask(scheduler_output)
 
@@ -181,15 +179,22 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
                 record.first_token_s = time.monotonic() - record.arrival_s
                 if (stats := request.prefill_stats) is not None:
                     record.cached_prompt_tokens = stats.num_cached_tokens
-        parent: Any = super() if self._is_async else super(AsyncScheduler, self)
-        result: tuple[list[int], bool] = parent._update_request_with_output(
+        result: tuple[list[int], bool] = self._stock()._update_request_with_output(
             request, new_token_ids, is_stale
         )
         return result
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        parent: Any = super() if self._is_async else super(AsyncScheduler, self)
-        parent._update_after_schedule(scheduler_output)
+        self._stock()._update_after_schedule(scheduler_output)
+
+    def _stock(self) -> Any:
+        """Return this object as vLLM's class for its mode: `Scheduler`, or `AsyncScheduler`.
+
+        The synchronous mode does not need what `AsyncScheduler` does for each job in each step.
+        """
+        if self.scheduler_config.async_scheduling:
+            return super()
+        return super(AsyncScheduler, self)
 
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False

@@ -276,9 +276,11 @@ class EngineState:
         return max(len(self.table.jobs) / slots - 1.0, 0.0) if slots else 0.0
 
     def _mark_overdue(self) -> None:
-        service_s = self.mean_service_s
         follows_load = self.settings.policy is Policy.BOOST and self.settings.gamma_per_s is None
-        if not follows_load or service_s is None or self.heard_s < self._next_overdue_look_s:
+        if not follows_load or self.heard_s < self._next_overdue_look_s:
+            return
+        service_s = self.mean_service_s
+        if service_s is None:
             return
         self._next_overdue_look_s = self.heard_s + _OVERDUE_LOOK_S
         latest_s = self.heard_s - overdue_s(service_s, self._longest_queue * service_s)
