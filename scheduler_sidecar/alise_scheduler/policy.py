@@ -32,7 +32,7 @@ class JobView:
     arrival_s: float
     """On the engine's clock."""
     remaining_s: tuple[float, ...]
-    """Equally likely values of the work left; empty when there is no estimate."""
+    """Equally likely values of the work left, ascending; empty when there is no estimate."""
     attained_s: float = 0.0
     """Service received so far."""
     prefill_s: float = 0.0
@@ -56,8 +56,8 @@ class PolicyParameters:
     mlfq_levels: int = 8
 
 
-GAMMA_SHARE: Final = 0.75
-WAIT_SHARE: Final = 0.5
+GAMMA_SHARE: Final = 1.3
+WAIT_SHARE: Final = 1.2
 _OVERDUE_WAITS: Final = 1.3
 _MLFQ_LEVEL_S: Final = 1e6  # far above any difference between arrivals in one queue
 
@@ -93,18 +93,26 @@ def boost_s(work_s: float, gamma_per_s: float) -> float:
     return -math.log(-math.expm1(-gamma_per_s * work_s)) / gamma_per_s
 
 
-def expected_boost_s(work_s: Sequence[float], gamma_per_s: float, least_work_s: float) -> float:
-    """Return the boost of a job of which only equally likely amounts of work are known, seconds.
+def effective_work_s(work_s: Sequence[float], least_work_s: float) -> float:
+    """Return the certain work that ranks as equally likely, ascending amounts do, seconds.
 
-    ln(M / (M - 1)) / gamma with M = E[exp(gamma s)], of the same paper: one value gives
-    `boost_s`. Written as -ln(1 - 1/M), with 1/M from a log-sum-exp, as exp(gamma s) overflows.
+    Gittins' index (Gittins, Glazebrook and Weber, "Multi-armed Bandit Allocation Indices", 2011)
+    for the mean normalized latency, in which a job that ends after s counts 1/s: of all d, serve
+    for the d that maximizes E[1/s if s <= d] / E[min(s, d)]. A certain s has 1/s^2, so the work is
+    the index to the power of -1/2. A long job that may well turn out short goes early, until it
+    has outlived that.
     """
-    most = max(max(work_s), least_work_s)
-    terms = [
-        math.exp(gamma_per_s * ((s if s > least_work_s else least_work_s) - most)) for s in work_s
-    ]
-    log_m = gamma_per_s * most + math.log(sum(terms) / len(terms))
-    return -math.log(-math.expm1(-log_m)) / gamma_per_s
+    best = gain = ended_s = 0.0
+    unended = len(work_s)
+    for value_s in work_s:
+        end_s = value_s if value_s > least_work_s else least_work_s
+        gain += 1 / end_s
+        ended_s += end_s
+        unended -= 1
+        index = gain / (ended_s + unended * end_s)
+        if index > best:
+            best = index
+    return 1 / math.sqrt(best)
 
 
 def starvation_bound_s(parameters: PolicyParameters, work_s: float) -> float:
@@ -119,8 +127,8 @@ def starvation_bound_s(parameters: PolicyParameters, work_s: float) -> float:
 def _boost(job: JobView, parameters: PolicyParameters) -> float:
     if job.is_overdue:
         return soonest_priority(job.arrival_s, parameters)
-    gamma, least = parameters.gamma_per_s, parameters.least_work_s
-    return job.arrival_s - expected_boost_s(job.remaining_s, gamma, least)
+    work_s = effective_work_s(job.remaining_s, parameters.least_work_s)
+    return job.arrival_s - boost_s(work_s, parameters.gamma_per_s)
 
 
 def _boost_attained(job: JobView, parameters: PolicyParameters) -> float:
