@@ -224,6 +224,19 @@ def test_steps_are_found_in_the_times_of_tokens() -> None:
     assert first.duration_s == pytest.approx(0.1)
 
 
+def test_an_answers_first_token_may_come_late() -> None:
+    # As the server begins the answer with it: half a step after the others of its step.
+    rows = (
+        RequestRow("a", 0.0, 0.0, (1.0, 1.5, 1.6, 1.7), 1.7, prompt_tokens=10),
+        RequestRow("b", 0.0, 0.0, (1.55, 1.6, 1.7), 1.7, prompt_tokens=20),
+    )
+    assert [(s.prefill_tokens, s.decode_jobs, round(s.duration_s, 9)) for s in steps_of(rows)] == [
+        (20, 1, 0.5),
+        (0, 2, 0.1),
+        (0, 2, 0.1),
+    ]
+
+
 def test_a_benchmarks_runs_are_simulated(tmp_path: Path) -> None:
     # Rows that the model itself has made, one job at a time: it must find its own figures again.
     requests = poisson_requests(LENGTHS, 0.001, 30, 0)

@@ -18,7 +18,7 @@ from alise_scheduler.replica import SimulatedRequest
 
 from alise_bench.dataset import Item
 from alise_bench.errors import BenchError
-from alise_bench.metrics import RequestRow, run_metrics
+from alise_bench.metrics import RequestRow, inter_token_s, run_metrics, spread
 from alise_bench.simulation.compare import SimulatedMetrics, metrics_of, simulate
 from alise_bench.simulation.predictors import SavedPredictor, saved_predictors
 from alise_bench.simulation.profiles import Profile
@@ -27,7 +27,7 @@ from alise_bench.simulation.workload import recorded_request
 from alise_bench.store import Run, load_plan, load_runs, trained_state
 from alise_bench.systems import System
 
-_SAME_STEP_S: Final = 0.008  # tokens of one step reach the client within this
+_SAME_STEP_SHARE: Final = 0.75  # of a usual step: its tokens reach the clients within this
 _LONGEST_STEP_S: Final = 8.0  # beyond it the engine was idle
 
 SIMULATED_AS: Final[dict[System, SimulatedSystem]] = {
@@ -55,12 +55,19 @@ def steps_of(rows: Sequence[RequestRow]) -> list[StepTiming]:
 def timed_steps_of(rows: Sequence[RequestRow]) -> list[tuple[float, StepTiming]]:
     """Return the same, each with when it ended."""
     tokens = sorted((time_s, index) for index, row in enumerate(rows) for time_s in row.token_s)
+    # The first token of an answer comes up to half a step after others of its step, as the server
+    # begins the answer with it. Taken for a step of their own they spoil the fit.
+    same_step_s = _SAME_STEP_SHARE * spread([gap for r in rows for gap in inter_token_s(r)]).p50
     groups: list[list[tuple[float, int]]] = []
+    members: set[int] = set()
     for token in tokens:
-        if groups and token[0] - groups[-1][-1][0] < _SAME_STEP_S:
+        # A job has one token a step.
+        if groups and token[0] - groups[-1][-1][0] < same_step_s and token[1] not in members:
             groups[-1].append(token)
         else:
             groups.append([token])
+            members.clear()
+        members.add(token[1])
     out = [0] * len(rows)
     steps = []
     for before, group in pairwise([[], *groups]):
