@@ -6,7 +6,13 @@ import math
 
 import pytest
 from alise_scheduler.cost_model import StepCost
-from alise_scheduler.replica import Hardware, SimulatedRequest, replay
+from alise_scheduler.replica import (
+    FirstComeFirstServed,
+    Hardware,
+    Replica,
+    SimulatedRequest,
+    replay,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -52,6 +58,33 @@ def test_jobs_that_outgrow_the_cache_are_preempted_and_computed_again() -> None:
     assert outcomes[0].preemptions == 0  # vLLM preempts the last one
 
 
+class _SecondMakesRoom(FirstComeFirstServed):
+    """FCFS, but after 30 steps job 1 loses its slot and waits behind all others."""
+
+    def __init__(self) -> None:
+        self._is_done = False
+
+    def steer(self, replica: Replica) -> float:
+        if replica.steps >= 30 and not self._is_done:
+            self._is_done = True
+            job = replica.running[1]
+            replica.preempt(job)
+            replica.rank(job, 1.0)
+        return math.inf if self._is_done else replica.now_s + 0.05
+
+
+@pytest.mark.parametrize(("kv_tokens", "recomputed"), [(4000, 2), (450, 98)])
+def test_a_preempted_job_finds_what_nobody_has_overwritten(kv_tokens: int, recomputed: int) -> None:
+    # It leaves 130 tokens, of which 8 blocks are full, and others write 260 until it is back. Of 450
+    # then 174 are free: 86 of its own are overwritten, and 2 blocks of the 44 left are full.
+    hardware = Hardware(COST, slots=2, kv_tokens=kv_tokens, block_tokens=16, batched_tokens=512)
+    rows = [(0.0, 150), (0.0, 100), (0.1, 80)]
+    requests = [SimulatedRequest(arrival_s, 100, tokens) for arrival_s, tokens in rows]
+    victim = replay(requests, hardware, _SecondMakesRoom())[1]
+    assert victim.preemptions == 1
+    assert victim.recomputed_tokens == recomputed
+
+
 def test_a_request_that_fits_nowhere_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="request 1 needs 5016 tokens"):
         replay([SimulatedRequest(0.0, 10, 5), SimulatedRequest(0.0, 2500, 2500)], SMALL)
@@ -92,9 +125,9 @@ def _step_by_step(
 ) -> list[tuple[float, float]]:
     """FCFS written down once more, a step at a time, with nothing clever in it."""
     times = [[math.nan, math.nan] for _ in requests]
-    waiting: list[list[int]] = []  # [number, tokens out]
+    waiting: list[list[int]] = []  # [number, tokens out, tokens left behind, and until when]
     running: list[list[int]] = []  # [number, tokens out, tokens to compute]
-    come, now = 0, 0.0
+    come, now, allocated = 0, 0.0, 0
 
     def used() -> int:
         context = sum(requests[job[0]].prompt_tokens + job[1] for job in running)
@@ -104,23 +137,28 @@ def _step_by_step(
         if not waiting and not running:
             now = max(now, requests[come].arrival_s)
         while come < len(requests) and requests[come].arrival_s <= now:
-            waiting.append([come, 0])
+            waiting.append([come, 0, 0, 0])
             come += 1
         waiting.sort()
         decoding = sum(1 for job in running if not job[2])
         budget = hardware.batched_tokens - decoding - sum(job[2] for job in running)
         while waiting and len(running) < hardware.slots and budget > 0:
-            number, out = waiting[0]
+            number, out, cached, until = waiting[0]
             context = requests[number].prompt_tokens + out
             if context + hardware.block_tokens > hardware.kv_tokens - used() and running:
                 break
             waiting.pop(0)
-            running.append([number, out, context])
-            budget -= context
+            cached = min(max(cached - max(allocated - until, 0), 0), context - 1)
+            cached -= cached % hardware.block_tokens
+            running.append([number, out, context - cached])
+            allocated += context - cached
+            budget -= context - cached
         while len(running) > 1 and hardware.kv_tokens - used() < len(running):
             victim = max(running)
+            free = hardware.kv_tokens - used()
             running.remove(victim)
-            waiting.append(victim[:2])
+            computed = requests[victim[0]].prompt_tokens + victim[1] - victim[2]
+            waiting.append([*victim[:2], computed, allocated + free])
         growing = [job for job in running if not job[2]]
         context = sum(requests[job[0]].prompt_tokens + job[1] for job in growing)
         decoding, prefilled = len(growing), 0
@@ -131,6 +169,7 @@ def _step_by_step(
             if not job[2]:
                 growing.append(job)
         now += hardware.step.step_s(prefilled, decoding, context)
+        allocated += decoding
         for job in growing:
             job[1] += 1
             if math.isnan(times[job[0]][0]):

@@ -74,6 +74,10 @@ class ReplicaJob:
     """Its KV comes back: it has space, but no slot yet."""
     ready_s: float = 0.0
     """When loading ends."""
+    cached_tokens: int = 0
+    """Of a preempted job: tokens whose KV it left on the device, for the prefix cache to find."""
+    evicted_after: int = 0
+    """How many tokens the replica will have allocated when that begins to be overwritten."""
     prefill_left: int = 0
     """Tokens to compute before the next one comes out; 0 while it decodes."""
     tokens_before: int = 0
@@ -161,6 +165,7 @@ class Replica:
     """(last step, number) of decoding jobs, as a heap; entries of jobs preempted since are stale"""
     _context_tokens: int = 0  # of decoding jobs
     _reserved_tokens: int = 0  # of prefilling and loading jobs
+    _allocated_tokens: int = 0  # ever
     _stall_s: float = 0.0
     # Steps that took longer than all steps after them: ascending steps, descending durations.
     _slow_steps: list[int] = field(default_factory=list)
@@ -201,6 +206,8 @@ class Replica:
         """Take a running job's slot and KV space; it waits again."""
         context = self.context_tokens(job)
         computed = context - job.prefill_left
+        job.cached_tokens = computed
+        job.evicted_after = self._allocated_tokens + self.free_tokens
         self._leave(job)
         job.preemptions += 1
         job.preempted_tokens += computed
@@ -222,6 +229,7 @@ class Replica:
         job.is_loading = True
         job.ready_s = self.now_s + self.steering.load_s(job, self)
         self._reserved_tokens += context
+        self._allocated_tokens += context
         self.loading[job.number] = job
         return True
 
@@ -263,8 +271,11 @@ class Replica:
             if context + self.hardware.block_tokens > self.free_tokens and self.running:
                 return
             del self.waiting[job.order]
-            self._enter(job, context)
-            budget -= context
+            cached = self._cached_tokens(job)
+            job.recomputed_tokens -= cached
+            self._allocated_tokens += context - cached
+            self._enter(job, context - cached)
+            budget -= context - cached
 
     def advance(self, until_s: float) -> list[ReplicaJob]:
         """Run steps until a job ends or `until_s` is reached; return the jobs that ended.
@@ -286,6 +297,7 @@ class Replica:
         self.now_s += steps * first_s + growth_s * steps * (steps - 1) / 2
         self.steps += steps
         self._context_tokens += steps * decoding
+        self._allocated_tokens += steps * decoding
         self._note_slow_step(first_s + growth_s * (steps - 1))
         ended = self._end_decodes()
         ended += self._end_prefills()
@@ -308,6 +320,15 @@ class Replica:
             n = 2 * time_s / (half + math.sqrt(half * half + 2 * growth_s * time_s))
             steps = min(steps, max(math.ceil(n), 1))
         return steps
+
+    def _cached_tokens(self, job: ReplicaJob) -> int:
+        """Return how many tokens of a waiting job the prefix cache still has on the device.
+
+        As in vLLM, what was freed first is overwritten first, and of a job its last blocks.
+        """
+        evicted = max(self._allocated_tokens - job.evicted_after, 0)
+        left = min(max(job.cached_tokens - evicted, 0), self.context_tokens(job) - 1)
+        return left - left % self.hardware.block_tokens
 
     def _is_current(self, end: int, number: int) -> bool:
         job = self.running.get(number)
