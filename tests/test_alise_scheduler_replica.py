@@ -75,7 +75,7 @@ class _SecondMakesRoom(FirstComeFirstServed):
 
 @pytest.mark.parametrize(("kv_tokens", "recomputed"), [(4000, 2), (450, 98)])
 def test_a_preempted_job_finds_what_nobody_has_overwritten(kv_tokens: int, recomputed: int) -> None:
-    # It leaves 130 tokens, of which 8 blocks are full, and others write 260 until it is back. Of 450
+    # It leaves 130 tokens, of which 8 blocks are full; others write 260 until it is back. Of 450
     # then 174 are free: 86 of its own are overwritten, and 2 blocks of the 44 left are full.
     hardware = Hardware(COST, slots=2, kv_tokens=kv_tokens, block_tokens=16, batched_tokens=512)
     rows = [(0.0, 150), (0.0, 100), (0.1, 80)]
