@@ -74,6 +74,15 @@ class Server:
                 return child
         raise psutil.NoSuchProcess(0, "the sidecar is not running")
 
+    def wait_for_a_sidecar_after(self, old: psutil.Process) -> None:
+        def is_there() -> bool:
+            try:
+                return self.sidecar().pid != old.pid
+            except psutil.NoSuchProcess:  # the old one ended, and the next is not there yet
+                return False
+
+        eventually(is_there)
+
     def is_connected(self) -> bool:
         # The engine looks when it schedules.
         self.answer("Hi", max_tokens=2)

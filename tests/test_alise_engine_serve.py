@@ -131,7 +131,7 @@ def test_a_killed_sidecar_is_restarted(server: Server, stock_answers: list[str])
     old = server.sidecar()
     answers_while(server, old.kill)
     assert server.answer(PROMPTS[0]) == stock_answers[0]
-    eventually(lambda: server.sidecar().pid != old.pid)
+    server.wait_for_a_sidecar_after(old)
     eventually(server.is_connected)
     log = server.log.read_text(errors="replace")
     assert "The scheduler sidecar ended" in log
@@ -156,6 +156,7 @@ def test_a_deleted_socket_is_made_again(server: Server) -> None:
     path = Path(arguments[arguments.index("--listen") + 1].removeprefix("unix://"))
     path.unlink()
     answers_while(server, sidecar.kill)
+    server.wait_for_a_sidecar_after(sidecar)
     eventually(server.is_connected)
     assert path.exists()
 
