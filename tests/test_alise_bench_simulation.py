@@ -110,9 +110,11 @@ def test_the_tier_saves_what_preempting_would_compute_again() -> None:
     kept = metrics_of(simulate(SYSTEMS["boost-attained"], requests, PROFILE, sigma=0.8))
     assert kept.preemptions > 10
     assert kept.recomputed_share < 0.1
-    tiny = Profile("tiny", "", HARDWARE, TierSpeed(1e-5, 1e-5, 200, is_in_step=True))
+    # Nor does the prefix cache keep much where running jobs take most of the space.
+    full = replace(HARDWARE, kv_tokens=5_000)
+    tiny = Profile("tiny", "", full, TierSpeed(1e-5, 1e-5, 200, is_in_step=True))
     lost = metrics_of(simulate(SYSTEMS["boost-attained"], requests, tiny, sigma=0.8))
-    assert lost.recomputed_share > 0.3  # of the rest, the prefix cache still has the KV
+    assert lost.recomputed_share > 0.5
 
 
 def test_what_if_finds_the_smallest_number_of_replicas() -> None:

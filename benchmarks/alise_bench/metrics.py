@@ -103,6 +103,11 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(float(np.mean(values)), p50, p90, p99)
 
 
+def itl_p50_s(rows: Sequence[RequestRow]) -> float:
+    """Return the median time between the tokens of all answers: a step's typical time."""
+    return spread([gap for row in rows for gap in inter_token_s(row)]).p50
+
+
 @dataclass(frozen=True, slots=True)
 class RunMetrics:
     """One run in numbers."""
@@ -162,7 +167,7 @@ def run_metrics(
         jct_s=spread([jct_s(row) for row in good]),
         tpot_s=spread(tpots),
         normalized_latency_s=spread([normalized_latency_s(row) for row in good]),
-        itl_p50_s=spread([gap for row in good for gap in inter_token_s(row)]).p50,
+        itl_p50_s=itl_p50_s(good),
         longest_gap_s=spread([longest_gap_s(row) for row in good]),
         max_wait_s=max((ttft_s(row) for row in good), default=math.nan),
         slowdown_longest_decile=slowdown_longest_decile(good, unloaded_s_per_token),

@@ -272,10 +272,11 @@ class Replica:
                 return
             del self.waiting[job.order]
             cached = self._cached_tokens(job)
+            missing = context - cached
             job.recomputed_tokens -= cached
-            self._allocated_tokens += context - cached
-            self._enter(job, context - cached)
-            budget -= context - cached
+            self._allocated_tokens += missing
+            self._enter(job, missing)
+            budget -= missing
 
     def advance(self, until_s: float) -> list[ReplicaJob]:
         """Run steps until a job ends or `until_s` is reached; return the jobs that ended.

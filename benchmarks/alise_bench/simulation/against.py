@@ -6,6 +6,7 @@ in just that run is not what is simulated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,7 +19,7 @@ from alise_scheduler.replica import SimulatedRequest
 
 from alise_bench.dataset import Item
 from alise_bench.errors import BenchError
-from alise_bench.metrics import RequestRow, inter_token_s, run_metrics, spread
+from alise_bench.metrics import RequestRow, itl_p50_s, run_metrics
 from alise_bench.simulation.compare import SimulatedMetrics, metrics_of, simulate
 from alise_bench.simulation.predictors import SavedPredictor, saved_predictors
 from alise_bench.simulation.profiles import Profile
@@ -57,30 +58,28 @@ def timed_steps_of(rows: Sequence[RequestRow]) -> list[tuple[float, StepTiming]]
     tokens = sorted((time_s, index) for index, row in enumerate(rows) for time_s in row.token_s)
     # The first token of an answer comes up to half a step after others of its step, as the server
     # begins the answer with it. Taken for a step of their own they spoil the fit.
-    same_step_s = _SAME_STEP_SHARE * spread([gap for r in rows for gap in inter_token_s(r)]).p50
-    groups: list[list[tuple[float, int]]] = []
-    members: set[int] = set()
-    for token in tokens:
+    same_step_s = _SAME_STEP_SHARE * itl_p50_s(rows)
+    groups: list[tuple[float, set[int]]] = []  # when a step's first token came, and whose came
+    last_s = -math.inf
+    for time_s, index in tokens:
         # A job has one token a step.
-        if groups and token[0] - groups[-1][-1][0] < same_step_s and token[1] not in members:
-            groups[-1].append(token)
-        else:
-            groups.append([token])
-            members.clear()
-        members.add(token[1])
+        if not (time_s - last_s < same_step_s and index not in groups[-1][1]):
+            groups.append((time_s, set()))
+        groups[-1][1].add(index)
+        last_s = time_s
     out = [0] * len(rows)
     steps = []
-    for before, group in pairwise([[], *groups]):
+    for (before_s, _), (end_s, members) in pairwise([(-math.inf, set()), *groups]):
         prefill = decodes = context = 0
-        for _, index in group:
+        for index in members:
             if out[index]:
                 decodes += 1
                 context += rows[index].prompt_tokens + out[index]
             else:
                 prefill += rows[index].prompt_tokens
             out[index] += 1
-        if before and (seconds := group[0][0] - before[0][0]) < _LONGEST_STEP_S:
-            steps.append((group[0][0], StepTiming(prefill, decodes, context, seconds)))
+        if (seconds := end_s - before_s) < _LONGEST_STEP_S:
+            steps.append((end_s, StepTiming(prefill, decodes, context, seconds)))
     return steps
 
 
