@@ -83,6 +83,20 @@ def test_in_a_long_overload_short_jobs_go_on_passing_and_the_tail_is_held() -> N
     assert ours.jct_p99_s < 1.15 * fcfs.jct_p99_s
 
 
+def test_where_prompts_and_not_slots_are_short_order_helps_as_well() -> None:
+    # As code completion does to a GPU: long prompts, answers of some tokens, slots to spare.
+    lengths = [(400, 10), (1500, 15), (1500, 60), (6000, 20)]
+    hardware = replace(HARDWARE, slots=256, kv_tokens=10**6, batched_tokens=8192)
+    profile = replace(PROFILE, hardware=hardware)
+    requests = poisson_requests(lengths, 1.1 * capacity_per_s(lengths, hardware), 1500, 0)
+    fcfs = metrics_of(simulate(FCFS, requests, profile, sigma=0.8))
+    ours = metrics_of(simulate(ALISE, requests, profile, sigma=0.8))
+    assert ours.normalized_latency_s < 0.85 * fcfs.normalized_latency_s
+    assert ours.jct_s < 0.95 * fcfs.jct_s
+    assert ours.jct_p99_s < 1.15 * fcfs.jct_p99_s
+    assert ours.ttft_p99_s < 1.15 * fcfs.ttft_p99_s
+
+
 def test_at_low_load_all_is_as_with_stock() -> None:
     requests = at_load(0.2)
     fcfs = metrics_of(simulate(FCFS, requests, PROFILE, sigma=0.8))

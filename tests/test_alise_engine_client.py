@@ -17,12 +17,13 @@ from typing import Any
 import grpc
 import pytest
 from alise_engine.client import SidecarClient
-from alise_engine.events import Arrived, Finished, Snapshot
+from alise_engine.events import Arrived, Finished, Snapshot, to_messages
 from alise_engine.settings import TlsFiles
 from alise_scheduler import protocol
-from alise_scheduler.events import Preempted, Progress
+from alise_scheduler.events import Preempted, Progress, StepTiming
 from alise_scheduler.v1 import scheduler_pb2 as pb
 from alise_scheduler.v1 import scheduler_pb2_grpc as pb_grpc
+from alise_scheduler.wire import events_from
 from patience import eventually
 
 PATIENCE_S = 120.0
@@ -131,6 +132,12 @@ def test_names_beyond_the_bounds_do_not_end_the_stream(
     ranked: set[str] = set()
     eventually(lambda: ranked.update(e.job_id for e in client.receive(100)) or "after" in ranked)
     assert ranked == {"before", "adapted", "after"}
+
+
+def test_a_step_arrives_as_it_was_told() -> None:
+    step = StepTiming(7, 4, 400, 0.05, decoded_tokens=9, waiting_jobs=3)
+    message = pb.EngineMessage(sequence=1, events=to_messages(step))
+    assert list(events_from(message)) == [step]
 
 
 def test_events_before_the_snapshot_are_not_sent(client_of: Callable[..., SidecarClient]) -> None:

@@ -237,6 +237,19 @@ def test_a_job_with_drafts_to_verify_is_decoding(make: Any) -> None:
     assert steps == [(30, 0, 0), (0, 1, 2)]
 
 
+def test_the_sidecar_is_told_who_had_no_place_in_a_step(make: Any) -> None:
+    scheduler, client = make()
+    driver = Driver(scheduler)
+    slots = scheduler.max_num_active_reqs
+    add(scheduler, slots + 3)
+    driver.step()
+    driver.step()
+    scheduler._report(client)
+    scheduler._do_beside_the_model()
+    (step,) = client.of_type(StepTiming)
+    assert (step.prefill_tokens > 0, step.waiting_jobs) == (True, 3)
+
+
 @pytest.mark.parametrize(
     ("end", "reason"),
     [

@@ -74,6 +74,18 @@ def test_execution_time_is_prefill_and_decode() -> None:
     assert ServiceRates(0.01, 0.5).service_s(100, 3) == pytest.approx(1.0 + 1.5)
 
 
+def test_the_engine_is_as_busy_as_what_its_jobs_take_of_it() -> None:
+    model = CostModel()
+    for step in steps(512):
+        model.observe(step)
+    for _ in range(64):
+        model.observe(timing(0, 16, 1600))
+    # 16 jobs of a prompt of 100 and 50 tokens each: so many prompts, and 50 steps together.
+    rates = model.rates()
+    busy_s = 16 * 100 * rates.prefill_s_per_token + 50 * rates.decode_s_per_token
+    assert 16 * rates.engine_s(100, 50) == pytest.approx(busy_s)
+
+
 @given(
     st.lists(
         st.builds(

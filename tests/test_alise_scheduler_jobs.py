@@ -18,7 +18,7 @@ from alise_scheduler.events import (
     StepTiming,
 )
 from alise_scheduler.jobs import JobTable, next_milestone
-from alise_scheduler.policy import GAMMA_SHARE, Policy, gamma_for, overdue_s
+from alise_scheduler.policy import Policy, gamma_for, overdue_s
 from alise_scheduler.predictor import Outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -230,15 +230,30 @@ def test_new_rates_reach_the_engine_and_all_jobs() -> None:
     assert state.advance() is None
 
 
+def finish_40_jobs(
+    state: EngineState, output_tokens: int, *, prompt_tokens: int = 1, cached_prompt_tokens: int = 0
+) -> None:
+    """Let the state learn how long jobs are."""
+    for index in range(40):
+        job_id = f"past {index}"
+        state.apply(Arrived(job_id, 0.0, prompt_input(10, prompt_tokens=prompt_tokens)))
+        settle(state)
+        event = Finished(
+            job_id,
+            FinishReason.STOP,
+            output_tokens,
+            [],
+            cached_prompt_tokens=cached_prompt_tokens,
+        )
+        state.apply(event)
+    settle(state)
+
+
 def test_gamma_follows_the_finished_jobs() -> None:
     state, _ = state_of()
-    for index in range(40):
-        state.apply(Arrived(f"{index}", 0.0, prompt_input(10, prompt_tokens=1)))
-        settle(state)
-        state.apply(Finished(f"{index}", FinishReason.STOP, 1000, []))
-    settle(state)
-    service_s = state.pricing.rates.service_s(1, 1000)
-    assert state.pricing.parameters.gamma_per_s == pytest.approx(GAMMA_SHARE / service_s, rel=0.1)
+    finish_40_jobs(state, 1000)
+    engine_s = state.pricing.rates.engine_s(1, 1000)
+    assert state.pricing.parameters.gamma_per_s == pytest.approx(gamma_for(engine_s, 0), rel=0.1)
 
 
 def test_gamma_uses_the_predictions_until_enough_have_finished() -> None:
@@ -246,24 +261,37 @@ def test_gamma_uses_the_predictions_until_enough_have_finished() -> None:
     for index in range(5):
         state.apply(Arrived(f"{index}", 0.0, prompt_input(2000, prompt_tokens=1)))
     settle(state)
-    service_s = state.pricing.rates.service_s(1, 2000)
-    assert state.pricing.parameters.gamma_per_s == pytest.approx(GAMMA_SHARE / service_s, rel=0.3)
+    engine_s = state.pricing.rates.engine_s(1, 2000)
+    assert state.pricing.parameters.gamma_per_s == pytest.approx(gamma_for(engine_s, 0), rel=0.3)
+
+
+def step_with(waiting_jobs: int) -> StepTiming:
+    return StepTiming(0, 4, 400, 0.05, waiting_jobs=waiting_jobs)
+
+
+def engine_s_of(state: EngineState, output_tokens: float) -> float:
+    return state.pricing.rates.engine_s(1, output_tokens)
 
 
 def test_gamma_falls_as_jobs_wait_and_rises_as_they_end() -> None:
+    # Slots need not be short: of 256, four are taken, as a step has no tokens left for more.
     state, _ = state_of()
-    state.introduction = Introduction(slots=4)
-    for index in range(44):
-        state.apply(Arrived(f"{index}", 0.0, prompt_input(1000, prompt_tokens=1)))
+    state.introduction = Introduction(slots=256)
+    finish_40_jobs(state, 1000)
+    state.apply(step_with(waiting_jobs=100))
     settle(state)
-    service_s = state.mean_service_s
-    assert service_s is not None
     crowded = state.pricing.parameters.gamma_per_s
-    assert crowded == pytest.approx(gamma_for(service_s, 10 * service_s), rel=0.1)
-    for index in range(40):
-        state.apply(Finished(f"{index}", FinishReason.STOP, 1000, []))
+    assert crowded == pytest.approx(gamma_for(engine_s_of(state, 1000), 100), rel=0.1)
+    state.apply(step_with(waiting_jobs=0))
     settle(state)
     assert state.pricing.parameters.gamma_per_s > 3 * crowded
+
+
+def test_what_the_prefix_cache_has_takes_no_time() -> None:
+    state, _ = state_of()
+    finish_40_jobs(state, 100, prompt_tokens=5000, cached_prompt_tokens=4999)
+    expected = gamma_for(engine_s_of(state, 100), 0)
+    assert state.pricing.parameters.gamma_per_s == pytest.approx(expected, rel=0.1)
 
 
 def overdue_jobs(state: EngineState, now_s: float) -> list[str]:
@@ -272,23 +300,25 @@ def overdue_jobs(state: EngineState, now_s: float) -> list[str]:
     return [job_id for job_id, job in state.table.jobs.items() if job.is_overdue]
 
 
-def test_a_job_older_than_fcfs_would_make_it_goes_before_all_younger_ones() -> None:
+def test_a_job_that_has_waited_longer_than_with_fcfs_goes_before_younger_ones() -> None:
     state, _ = state_of()
-    state.introduction = Introduction(slots=4)
+    finish_40_jobs(state, 1000)
+    state.apply(step_with(waiting_jobs=100))
     state.apply(Arrived("long", 0.0, prompt_input(4000, prompt_tokens=1)))
-    for index in range(43):
-        state.apply(Arrived(f"{index}", 1.0 + index, prompt_input(1000, prompt_tokens=1)))
+    state.apply(Arrived("had a slot", 0.0, prompt_input(4000, prompt_tokens=1)))
     settle(state)
-    service_s = state.mean_service_s
-    assert service_s is not None
-    due_s = overdue_s(service_s, 10 * service_s)
+    state.apply(Progress("had a slot", 100, [7] * 100, is_running=True))
+    settle(state)
+    due_s = overdue_s(engine_s_of(state, 1000), 100)
     assert overdue_jobs(state, due_s - 0.5) == []
     assert overdue_jobs(state, due_s + 0.4) == []  # it looks once in a second, not every time
     assert overdue_jobs(state, due_s + 0.6) == ["long"]
-    state.apply(Arrived("late and short", due_s, prompt_input(1, prompt_tokens=1)))
+    had_s = state.pricing.rates.service_s(0, 100)
+    assert overdue_jobs(state, due_s + had_s + 1.6) == ["long", "had a slot"]
+    state.apply(Arrived("late and shorter", due_s, prompt_input(1000, prompt_tokens=1)))
     settle(state)
     jobs = state.table.jobs
-    late, overdue = jobs["late and short"].sent, jobs["long"].sent
+    late, overdue = jobs["late and shorter"].sent, jobs["long"].sent
     assert late is not None
     assert overdue is not None
     assert overdue.priority < late.priority

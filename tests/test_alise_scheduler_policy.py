@@ -6,7 +6,11 @@ import math
 
 import pytest
 from alise_scheduler.policy import (
+    GAMMA_SHARE,
+    OVERDUE_WAITS,
     PREDICTION_FREE,
+    QUEUE_SHARE,
+    USUAL_QUEUE_JOBS,
     JobView,
     Policy,
     PolicyParameters,
@@ -30,9 +34,11 @@ parameters = st.builds(PolicyParameters, gamma_per_s=gammas, aging_s=st.floats(0
 jobs = st.builds(
     JobView,
     arrival_s=seconds,
-    remaining_s=st.one_of(st.just(()), works),
+    answer_left_s=st.one_of(st.just(()), works),
     attained_s=seconds,
     prefill_s=seconds,
+    prompt_left_s=seconds,
+    is_overdue=st.booleans(),
 )
 
 
@@ -66,14 +72,16 @@ def test_no_job_that_arrives_after_the_bound_overtakes(own, other, arrival, extr
 
 
 @given(own=works, other=works, arrival=seconds, younger_s=st.floats(1e-3, 1e5), tunables=parameters)
-def test_no_younger_job_overtakes_one_that_is_overdue(own, other, arrival, younger_s, tunables):
+def test_only_the_shortest_overtake_a_job_that_is_overdue(own, other, arrival, younger_s, tunables):
     mine = priority(Policy.BOOST, JobView(arrival, own, is_overdue=True), tunables)
+    assert mine <= priority(Policy.BOOST, JobView(arrival, own), tunables)
+    assume(min(other) > 0.1 / tunables.gamma_per_s)
     assert mine < priority(Policy.BOOST, JobView(arrival + younger_s, other), tunables)
 
 
-def test_a_job_is_overdue_somewhat_after_the_longest_wait_and_a_service() -> None:
-    assert overdue_s(10.0, 60.0) == pytest.approx(88.0)
-    assert overdue_s(10.0, 0.0) == 20.0
+def test_a_job_is_overdue_somewhat_after_the_longest_wait() -> None:
+    assert overdue_s(0.5, 100.0) == pytest.approx(OVERDUE_WAITS * 50.0)
+    assert overdue_s(0.5, 0.0) == 0.5 * USUAL_QUEUE_JOBS
 
 
 @given(work, work, gammas)
@@ -99,6 +107,21 @@ def test_work_that_may_well_be_short_ranks_below_its_mean_until_it_has_outlived_
     assert effective_work_s((99.0,) * 9, 0.05) == pytest.approx(99.0)
 
 
+def test_a_prompt_is_work_before_the_answer_and_an_old_answer_weighs_less() -> None:
+    # 1/s of an answer of s in all, for what it takes from now on.
+    assert effective_work_s((4.0,), 0.05, before_s=5.0) == pytest.approx(math.sqrt(4.0 * 9.0))
+    assert effective_work_s((4.0,), 0.05, had_s=12.0) == pytest.approx(math.sqrt(16.0 * 4.0))
+
+
+def test_of_equal_answers_the_one_with_the_shorter_prompt_goes_first() -> None:
+    for policy in (Policy.BOOST, Policy.SRTF, Policy.SRTF_AGING):
+        short, long = (
+            priority(policy, JobView(0.0, (2.0,), prompt_left_s=s), PolicyParameters())
+            for s in (0.1, 9.0)
+        )
+        assert short < long
+
+
 def test_large_gamma_is_fcfs_and_small_gamma_is_sjf() -> None:
     early_long, late_short = JobView(0.0, (50.0,)), JobView(1.0, (5.0,))
 
@@ -111,14 +134,15 @@ def test_large_gamma_is_fcfs_and_small_gamma_is_sjf() -> None:
     assert not is_short_first(10.0)
 
 
-def test_gamma_is_a_share_of_the_inverse_of_the_mean_service_time() -> None:
-    assert gamma_for(10.0, 0.0) == pytest.approx(0.13)
+def test_gamma_is_a_share_of_the_inverse_of_the_usual_wait() -> None:
+    assert gamma_for(0.5, 0.0) == pytest.approx(GAMMA_SHARE / (0.5 * USUAL_QUEUE_JOBS))
     assert math.isfinite(gamma_for(0.0, 0.0))
 
 
-def test_a_wait_beyond_a_service_time_makes_gamma_favour_the_mean() -> None:
-    assert gamma_for(10.0, 9.9) == gamma_for(10.0, 0.0)
-    assert gamma_for(10.0, 110.0) == pytest.approx(1.3 / 130.0)
+def test_a_queue_longer_than_usual_makes_gamma_favour_the_mean() -> None:
+    assert gamma_for(0.5, USUAL_QUEUE_JOBS) == gamma_for(0.5, 0.0)
+    longer = gamma_for(0.5, USUAL_QUEUE_JOBS + 100)
+    assert longer == pytest.approx(GAMMA_SHARE / (0.5 * (USUAL_QUEUE_JOBS + QUEUE_SHARE * 100)))
 
 
 @given(arrival=seconds, less=work, more=work, tunables=parameters)

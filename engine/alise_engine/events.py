@@ -85,6 +85,7 @@ def to_messages(event: EngineEvent) -> list[pb.Event]:
                 context_tokens=event.context_tokens,
                 duration_s=event.duration_s,
                 decoded_tokens=event.decoded_tokens,
+                waiting_jobs=event.waiting_jobs,
             )
         )
     ]

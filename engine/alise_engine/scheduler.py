@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from alise_scheduler.events import Preempted, StepTiming
@@ -90,7 +91,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         """For the sidecar. They go out beside the model: the stream's threads would take turns with
         this one, which has the step to start."""
         self._steps: list[StepTiming] = []
-        self._open_step: tuple[float, int, int, int] | None = None
+        self._open_step: tuple[float, StepTiming] | None = None
         self._accepted_drafts = 0  # since a step was closed
         usual_s = RECOMPUTE_MARGIN_S if self._tier is None else SWAP_MARGIN_S
         margin_s = self._settings.margin_s
@@ -453,20 +454,22 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         decode_jobs = len(decoding)
         prefill_tokens = output.total_num_scheduled_tokens - sum(decoding)
         context = sum(self.requests[job_id].num_computed_tokens for job_id in scheduled)
-        self._open_step = (now_s, prefill_tokens, decode_jobs, context)
+        waiting_jobs = len(self.waiting) + len(self.kv_holding_waiting)
+        step = StepTiming(prefill_tokens, decode_jobs, context, 0.0, waiting_jobs=waiting_jobs)
+        self._open_step = (now_s, step)
 
     def _close_step(self, now_s: float) -> None:
         if self._open_step is None:
             return
-        began_s, prefill_tokens, decode_jobs, context = self._open_step
+        began_s, step = self._open_step
         self._open_step = None
         # With batches in flight, they are those of the batch before.
-        decoded = decode_jobs + self._accepted_drafts if self.num_spec_tokens else 0
+        decoded = step.decode_jobs + self._accepted_drafts if self.num_spec_tokens else 0
         self._accepted_drafts = 0
         # With nobody running, the time since then includes waiting for a request.
         if self.running:
             step_s = now_s - began_s
-            self._steps.append(StepTiming(prefill_tokens, decode_jobs, context, step_s, decoded))
+            self._steps.append(replace(step, duration_s=step_s, decoded_tokens=decoded))
             self._step_s += _STEP_SMOOTHING * (step_s - self._step_s)
 
     def make_spec_decoding_stats(self, stats: Any, *args: Any, **kwargs: Any) -> Any:

@@ -56,10 +56,21 @@ class ServiceRates:
 
     prefill_s_per_token: float
     decode_s_per_token: float
+    decode_jobs: float = 1.0
+    """That share a step, on average."""
 
     def service_s(self, prompt_tokens: float, output_tokens: float) -> float:
         """Return T(s, n), seconds, for a prompt of s and an answer of n tokens."""
         return prompt_tokens * self.prefill_s_per_token + output_tokens * self.decode_s_per_token
+
+    def engine_s(self, prompt_tokens: float, output_tokens: float) -> float:
+        """Return what a job takes of the engine, seconds: over all jobs, the time that it is busy.
+
+        All wait for a prompt, while those that decode share each step. So it tells how fast jobs go
+        by, whatever keeps more of them from running at once: slots, tokens of a step, or memory.
+        """
+        shared_s = output_tokens * self.decode_s_per_token / self.decode_jobs
+        return prompt_tokens * self.prefill_s_per_token + shared_s
 
     def differs_from(self, other: ServiceRates, share: float) -> bool:
         """Return whether either rate is more than `share` away from that of `other`."""
@@ -156,4 +167,5 @@ class CostModel:
         return ServiceRates(
             max(self.cost.prefill_s_per_token, _LEAST_RATE_S),
             max(self.cost.step_s(0, jobs, context) * jobs / tokens, _LEAST_RATE_S),
+            jobs,
         )

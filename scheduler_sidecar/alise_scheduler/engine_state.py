@@ -18,7 +18,7 @@ from alise_scheduler.estimates import (
     by_arrival,
     estimate,
     is_news,
-    mean_service_s,
+    mean_tokens,
 )
 from alise_scheduler.events import Arrived, Event, FinishReason, StepTiming
 from alise_scheduler.history import HISTORY_JOBS, HISTORY_STEPS, PastJob
@@ -120,8 +120,10 @@ class EngineState:
     _predicted: MeanTokens = field(default_factory=MeanTokens)
     _model_version: int = 0
     _rates_are_news: bool = True
-    _longest_queue: float = 0.0
-    """Of those that newcomers met of late, jobs for each slot."""
+    _waiting_jobs: int = 0
+    """In the newest step."""
+    _longest_queue_jobs: float = 0.0
+    """Of the queues that newcomers met of late."""
     _next_overdue_look_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -158,18 +160,22 @@ class EngineState:
     @property
     def mean_service_s(self) -> float | None:
         """A job's mean service time at the present load, seconds; None before any job was seen."""
-        return mean_service_s(self._finished, self._predicted, self.pricing.rates)
+        mean_job = mean_tokens(self._finished, self._predicted)
+        if mean_job is None:
+            return None
+        return self.pricing.rates.service_s(mean_job.prompt_tokens, mean_job.output_tokens)
 
     def apply(self, event: Event) -> Ended | None:
         """Take in one event; returns the job that it ended, if any."""
         if isinstance(event, StepTiming):
             self.cost_model.observe(event)
             self._steps.append(event)
+            self._waiting_jobs = event.waiting_jobs
             return None
         ended = self.table.apply(event)
         if isinstance(event, Arrived):
-            remembered = (1 - _QUEUE_FORGOTTEN_SHARE) * self._longest_queue
-            self._longest_queue = max(self._queue(), remembered)
+            remembered = (1 - _QUEUE_FORGOTTEN_SHARE) * self._longest_queue_jobs
+            self._longest_queue_jobs = max(self._waiting_jobs, remembered)
         if ended is not None:
             self._remember(ended)
             self._learn(ended)
@@ -208,7 +214,7 @@ class EngineState:
         job, event = ended.job, ended.event
         past = PastJob(
             arrival_s=job.arrival_s,
-            computed_prompt_tokens=max(job.prompt_tokens - event.cached_prompt_tokens, 1),
+            computed_prompt_tokens=ended.computed_prompt_tokens,
             output_tokens=job.output_tokens,
             finish_s=event.finish_s,
             is_complete=event.reason in (FinishReason.STOP, FinishReason.LENGTH),
@@ -223,7 +229,7 @@ class EngineState:
         if outcome is None or not job.output_tokens:
             return
         if reason is not FinishReason.ABORTED:
-            self._finished.observe(job.prompt_tokens, job.output_tokens)
+            self._finished.observe(ended.computed_prompt_tokens, job.output_tokens)
         self.predictor.observe(job.tracked, outcome)
 
     def _predict(self, due: list[Job]) -> None:
@@ -264,28 +270,34 @@ class EngineState:
     def _gamma_per_s(self, pricing: Pricing) -> float:
         if self.settings.gamma_per_s is not None:
             return self.settings.gamma_per_s
-        service_s = mean_service_s(self._finished, self._predicted, pricing.rates)
-        if service_s is None:
+        engine_s = self._mean_engine_s(pricing.rates)
+        if engine_s is None:
             return pricing.parameters.gamma_per_s
-        return gamma_for(service_s, self._queue() * service_s)
+        # By how many wait, and not by their estimates: it is asked with every batch of news.
+        return gamma_for(engine_s, self._waiting_jobs)
 
-    def _queue(self) -> float:
-        """Return how many jobs wait for each slot, about as many services as a newcomer waits."""
-        slots = self.introduction.slots
-        # By how many there are, and not by their estimates: it is asked with every batch of news.
-        return max(len(self.table.jobs) / slots - 1.0, 0.0) if slots else 0.0
+    def _mean_engine_s(self, rates: ServiceRates) -> float | None:
+        mean_job = mean_tokens(self._finished, self._predicted)
+        if mean_job is None:
+            return None
+        return rates.engine_s(mean_job.prompt_tokens, mean_job.output_tokens)
 
     def _mark_overdue(self) -> None:
         follows_load = self.settings.policy is Policy.BOOST and self.settings.gamma_per_s is None
         if not follows_load or self.heard_s < self._next_overdue_look_s:
             return
-        service_s = self.mean_service_s
-        if service_s is None:
+        rates = self.pricing.rates
+        engine_s = self._mean_engine_s(rates)
+        if engine_s is None:
             return
         self._next_overdue_look_s = self.heard_s + _OVERDUE_LOOK_S
-        latest_s = self.heard_s - overdue_s(service_s, self._longest_queue * service_s)
-        jobs = self.table.jobs.values()
-        overdue = [job for job in jobs if job.arrival_s < latest_s and not job.is_overdue]
+        latest_s = self.heard_s - overdue_s(engine_s, self._longest_queue_jobs)
+        overdue = [
+            job
+            for job in self.table.jobs.values()
+            if not job.is_overdue
+            and job.arrival_s + job.output_tokens * rates.decode_s_per_token < latest_s
+        ]
         for job in overdue:
             job.is_overdue = True
         self.table.mark_unpriced(overdue)

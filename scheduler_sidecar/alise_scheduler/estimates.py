@@ -5,7 +5,8 @@ Pure. Seconds come from the cost model's rates, order from the policy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from alise_scheduler.cost_model import ServiceRates
@@ -79,17 +80,7 @@ def estimate(job: Job, pricing: Pricing) -> Estimate | None:
     left_tokens = remaining_tokens(job)
     if not left_tokens and pricing.policy not in PREDICTION_FREE:
         return None
-    prefill_s = pricing.rates.service_s(job.prompt_tokens, 0)
-    per_token_s = pricing.rates.decode_s_per_token
-    prefill_left_s = 0.0 if job.output_tokens else prefill_s
-    view = JobView(
-        arrival_s=job.arrival_s,
-        remaining_s=tuple([prefill_left_s + tokens * per_token_s for tokens in left_tokens]),
-        attained_s=(prefill_s if job.output_tokens else 0.0) + job.output_tokens * per_token_s,
-        prefill_s=prefill_s,
-        is_overdue=job.is_overdue,
-    )
-    value = place(view, job.output_tokens, pricing)
+    value = place(view_of(job, left_tokens, pricing.rates), job.output_tokens, pricing)
     expected_tokens = mean(left_tokens) if left_tokens else 0.0
     early_tokens = pricing.first_tokens - job.output_tokens
     if early_tokens > 0:
@@ -100,6 +91,31 @@ def estimate(job: Job, pricing: Pricing) -> Estimate | None:
         remaining_tokens=expected_tokens,
         at_output_tokens=job.output_tokens,
         boost_s=job.arrival_s - value,
+    )
+
+
+def view_of(job: Job, left_tokens: Sequence[float], rates: ServiceRates) -> JobView:
+    """Return what a policy may know of `job`, of whose answer `left_tokens` may be left."""
+    fresh = new_job_view(job.arrival_s, job.prompt_tokens, left_tokens, rates)
+    if not job.output_tokens:
+        return replace(fresh, is_overdue=job.is_overdue)
+    return replace(
+        fresh,
+        prompt_left_s=0.0,
+        attained_s=rates.service_s(job.prompt_tokens, job.output_tokens),
+        is_overdue=job.is_overdue,
+    )
+
+
+def new_job_view(
+    arrival_s: float, prompt_tokens: int, left_tokens: Sequence[float], rates: ServiceRates
+) -> JobView:
+    """Return what a policy may know of a job that has just come."""
+    return JobView(
+        arrival_s=arrival_s,
+        answer_left_s=tuple([tokens * rates.decode_s_per_token for tokens in left_tokens]),
+        prompt_left_s=rates.decode_jobs * rates.engine_s(prompt_tokens, 0),
+        prefill_s=rates.service_s(prompt_tokens, 0),
     )
 
 
@@ -151,15 +167,11 @@ class MeanTokens:
         self.output_tokens += weight * (output_tokens - self.output_tokens)
 
 
-def mean_service_s(
-    finished: MeanTokens, predicted: MeanTokens, rates: ServiceRates
-) -> float | None:
-    """Return a job's mean service time, seconds; None before any job was seen.
+def mean_tokens(finished: MeanTokens, predicted: MeanTokens) -> MeanTokens | None:
+    """Return the mean lengths of the finished jobs, or of the predicted until enough have finished.
 
-    Of the finished ones, or of the predicted ones until enough have finished. Lengths
-    are averaged and not seconds, so that a change of the cost model applies at once.
+    None before any job was seen. Lengths are averaged and not seconds, so that a change of the cost
+    model applies at once.
     """
     source = finished if finished.count >= _FINISHED_ENOUGH or not predicted.count else predicted
-    if not source.count:
-        return None
-    return rates.service_s(source.prompt_tokens, source.output_tokens)
+    return source if source.count else None

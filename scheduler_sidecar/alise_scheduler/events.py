@@ -77,6 +77,8 @@ class StepTiming:
     duration_s: float
     decoded_tokens: int = 0
     """With drafts: what the jobs that decoded got, in sum; 0: one token each."""
+    waiting_jobs: int = 0
+    """That had no place in it."""
 
 
 @dataclass(frozen=True, slots=True)

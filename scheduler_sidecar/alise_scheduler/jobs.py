@@ -57,7 +57,7 @@ class Job:
     output_tokens: int = 0
     is_running: bool = False
     is_overdue: bool = False
-    """It is so old that it goes before all younger ones, from now on."""
+    """It has waited so long that it goes before nearly all younger ones, from now on."""
     preempted_at_tokens: int | None = None
     """Set while the job is out of its slot after having had one."""
     preemptions: int = 0
@@ -88,6 +88,11 @@ class Ended:
 
     job: Job
     event: Finished
+
+    @property
+    def computed_prompt_tokens(self) -> int:
+        """Return what of its prompt was not found in the prefix cache, at least 1."""
+        return max(self.job.prompt_tokens - self.event.cached_prompt_tokens, 1)
 
 
 @dataclass(slots=True)

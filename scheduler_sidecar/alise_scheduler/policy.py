@@ -27,18 +27,21 @@ class Policy(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """What a policy may know of one job. Seconds of the job's own service time."""
+    """What a policy may know of one job. Seconds of a slot."""
 
     arrival_s: float
     """On the engine's clock."""
-    remaining_s: tuple[float, ...]
-    """Equally likely values of the work left, ascending; empty when there is no estimate."""
+    answer_left_s: tuple[float, ...]
+    """Equally likely times that the rest of its answer takes, ascending; empty when there is no
+    estimate."""
     attained_s: float = 0.0
-    """Service received so far."""
+    """Service received so far: its prompt's own time and its answer's."""
     prefill_s: float = 0.0
-    """Time that the prompt takes: MLFQ's skip-join sorts new jobs by it."""
+    """The prompt's own time: MLFQ's skip-join sorts new jobs by it."""
+    prompt_left_s: float = 0.0
+    """What computing its prompt takes from all slots together, as all wait for it; 0 afterwards."""
     is_overdue: bool = False
-    """Boost: it goes before all that came after it (`overdue_s`)."""
+    """Boost: it has waited too long (`overdue_s`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,33 +59,34 @@ class PolicyParameters:
     mlfq_levels: int = 8
 
 
-GAMMA_SHARE: Final = 1.3
-WAIT_SHARE: Final = 1.2
-_OVERDUE_WAITS: Final = 1.3
+GAMMA_SHARE: Final = 1.4
+QUEUE_SHARE: Final = 1.2
+USUAL_QUEUE_JOBS: Final = 16  # 1 / (1 - utilization): M/G/k's mean queue, if there is one, at 0.94
+OVERDUE_WAITS: Final = 1.3
+_OVERDUE_WORK_SHARE: Final = 0.1
 _MLFQ_LEVEL_S: Final = 1e6  # far above any difference between arrivals in one queue
 
 
-def gamma_for(mean_service_s: float, wait_s: float) -> float:
-    """Return Boost's gamma (1/s) for a job's mean service time and the wait of a newcomer, seconds.
+def gamma_for(engine_s: float, waiting_jobs: float) -> float:
+    """Return Boost's gamma (1/s), for the engine's time that a job takes and the queue's length.
 
-    What overtaking adds to the tail is about as long as 1 / gamma. Beside a wait longer than a job
-    runs, as in overload, that counts for less: more of it buys a better mean at the same share of
-    the tail. Shorter waits come at any stable load, where it would raise the tail. Both shares were
-    chosen by simulation (docs/policy.md).
+    What overtaking adds to the tail is about as long as 1 / gamma, so that must be on the scale of
+    the waits that there are anyway: of the queue that a busy but stable engine has, or of the one
+    that is there now, if it is longer, as in overload. A queue takes its length times what a job
+    takes of the engine (`ServiceRates.engine_s`), whether slots, tokens or memory bound it. The
+    shares were chosen by simulation (docs/policy.md).
     """
-    longer_s = max(wait_s - mean_service_s, 0.0)
-    return GAMMA_SHARE / max(mean_service_s + WAIT_SHARE * longer_s, 1e-3)
+    longer_jobs = max(waiting_jobs - USUAL_QUEUE_JOBS, 0.0)
+    return GAMMA_SHARE / max(engine_s * (USUAL_QUEUE_JOBS + QUEUE_SHARE * longer_jobs), 1e-3)
 
 
-def overdue_s(mean_service_s: float, longest_wait_s: float) -> float:
-    """Return the age (s) at which a job goes before all younger ones, whatever it has left.
+def overdue_s(engine_s: float, longest_queue_jobs: float) -> float:
+    """Return how long (s) a job may wait in all before it is overdue.
 
-    That is the longest time that any job takes with FCFS (its wait, by what newcomers had before
-    them of late, and its service) and somewhat more, by which short jobs go on gaining in a lasting
-    overload, where all wait about as long. Not before two service times, as then hardly anybody
-    waits.
+    That is the longest wait of FCFS, by the queues that newcomers met of late, and somewhat more,
+    by which short jobs go on gaining in a lasting overload, where all wait about as long.
     """
-    return max(_OVERDUE_WAITS * longest_wait_s, mean_service_s) + mean_service_s
+    return max(OVERDUE_WAITS * longest_queue_jobs, USUAL_QUEUE_JOBS) * engine_s
 
 
 def boost_s(work_s: float, gamma_per_s: float) -> float:
@@ -93,20 +97,24 @@ def boost_s(work_s: float, gamma_per_s: float) -> float:
     return -math.log(-math.expm1(-gamma_per_s * work_s)) / gamma_per_s
 
 
-def effective_work_s(work_s: Sequence[float], least_work_s: float) -> float:
+def effective_work_s(
+    left_s: Sequence[float], least_work_s: float, *, before_s: float = 0.0, had_s: float = 0.0
+) -> float:
     """Return the certain work that ranks as equally likely, ascending amounts do, seconds.
 
-    Gittins' index (Gittins, Glazebrook and Weber, "Multi-armed Bandit Allocation Indices", 2011)
-    for the mean normalized latency, in which a job that ends after s counts 1/s: of all d, serve
-    for the d that maximizes E[1/s if s <= d] / E[min(s, d)]. A certain s has 1/s^2, so the work is
-    the index to the power of -1/2. A long job that may well turn out short goes early, until it
-    has outlived that.
+    `left_s` is what may be left of an answer of which `had_s` came out; `before_s` comes first,
+    for the prompt. Gittins' index (Gittins, Glazebrook and Weber, "Multi-armed Bandit Allocation
+    Indices", 2011) for the mean normalized latency, in which an answer of s in all counts 1/s: of
+    all d, serve for the d that maximizes E[1/s if it ends by d] / E[what it takes until d]. An
+    answer of s alone has 1/s^2, so the work is the index to the power of -1/2. A long job that may
+    well turn out short goes early, until it has outlived that.
     """
-    best = gain = ended_s = 0.0
-    unended = len(work_s)
-    for value_s in work_s:
+    best = gain = 0.0
+    unended = len(left_s)
+    ended_s = unended * before_s
+    for value_s in left_s:
         end_s = value_s if value_s > least_work_s else least_work_s
-        gain += 1 / end_s
+        gain += 1 / (had_s + end_s)
         ended_s += end_s
         unended -= 1
         index = gain / (ended_s + unended * end_s)
@@ -125,10 +133,16 @@ def starvation_bound_s(parameters: PolicyParameters, work_s: float) -> float:
 
 
 def _boost(job: JobView, parameters: PolicyParameters) -> float:
+    work_s = effective_work_s(
+        job.answer_left_s,
+        parameters.least_work_s,
+        before_s=job.prompt_left_s,
+        had_s=max(job.attained_s - job.prefill_s, 0.0),
+    )
     if job.is_overdue:
-        return soonest_priority(job.arrival_s, parameters)
-    work_s = effective_work_s(job.remaining_s, parameters.least_work_s)
-    return job.arrival_s - boost_s(work_s, parameters.gamma_per_s)
+        # Before nearly all that came later: the very shortest pass, which costs it hardly anything.
+        work_s = min(work_s, _OVERDUE_WORK_SHARE / parameters.gamma_per_s)
+    return job.arrival_s - boost_s(max(work_s, parameters.least_work_s), parameters.gamma_per_s)
 
 
 def _boost_attained(job: JobView, parameters: PolicyParameters) -> float:
@@ -147,7 +161,8 @@ def soonest_priority(arrival_s: float, parameters: PolicyParameters) -> float:
 
 
 def _mean_remaining_s(job: JobView, parameters: PolicyParameters) -> float:
-    return max(sum(job.remaining_s) / len(job.remaining_s), parameters.least_work_s)
+    answer_s = sum(job.answer_left_s) / len(job.answer_left_s)
+    return max(job.prompt_left_s + answer_s, parameters.least_work_s)
 
 
 def _srtf_aging(job: JobView, parameters: PolicyParameters) -> float:
@@ -198,6 +213,6 @@ PREDICTION_FREE: Final = frozenset({Policy.MLFQ, Policy.BOOST_ATTAINED})
 
 def priority(policy: Policy, job: JobView, parameters: PolicyParameters) -> float:
     """Return the priority of `job` under `policy`: a finite number, lower goes first."""
-    if not job.remaining_s and policy not in PREDICTION_FREE:
+    if not job.answer_left_s and policy not in PREDICTION_FREE:
         return job.arrival_s
     return _PRIORITY_OF[policy](job, parameters)

@@ -149,6 +149,19 @@ class FirstComeFirstServed:
         return 0.0
 
 
+@dataclass(slots=True)
+class StepSums:
+    """Steps in sum: what ran in them, and how long they took."""
+
+    steps: int = 0
+    prefill_tokens: int = 0
+    decode_jobs: int = 0
+    context_tokens: int = 0
+    seconds: float = 0.0
+    waiting_jobs: int = 0
+    """In the last of them, not in sum."""
+
+
 @dataclass(slots=True, eq=False)
 class Replica:
     """The state between two steps. `run` drives it."""
@@ -167,6 +180,7 @@ class Replica:
     _reserved_tokens: int = 0  # of prefilling and loading jobs
     _allocated_tokens: int = 0  # ever
     _stall_s: float = 0.0
+    _untold: StepSums = field(default_factory=StepSums)
     # Steps that took longer than all steps after them: ascending steps, descending durations.
     _slow_steps: list[int] = field(default_factory=list)
     _slow_s: list[float] = field(default_factory=list)
@@ -237,6 +251,11 @@ class Replica:
         """Make the next step take longer by this much."""
         self._stall_s += seconds
 
+    def take_steps(self) -> StepSums:
+        """Return the steps since the last call."""
+        taken, self._untold = self._untold, StepSums()
+        return taken
+
     def step_s(self) -> float:
         """Return what a step takes at present when nobody is prefilling."""
         decoding = len(self.running) - len(self._prefilling)
@@ -295,7 +314,15 @@ class Replica:
         first_s += self._stall_s
         self._stall_s = 0.0
         growth_s = self.hardware.step.context_s_per_token * decoding
-        self.now_s += steps * first_s + growth_s * steps * (steps - 1) / 2
+        seconds = steps * first_s + growth_s * steps * (steps - 1) / 2
+        untold = self._untold
+        untold.steps += steps
+        untold.prefill_tokens += prefilled
+        untold.decode_jobs += steps * decoding
+        untold.context_tokens += steps * self._context_tokens + decoding * steps * (steps - 1) // 2
+        untold.seconds += seconds
+        untold.waiting_jobs = len(self.waiting)
+        self.now_s += seconds
         self.steps += steps
         self._context_tokens += steps * decoding
         self._allocated_tokens += steps * decoding

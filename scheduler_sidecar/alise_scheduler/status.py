@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from alise_scheduler.cost_model import StepCost
-from alise_scheduler.estimates import Pricing, place
+from alise_scheduler.estimates import Pricing, new_job_view, place
 from alise_scheduler.lengths import Quantiles, mean, remaining_after
-from alise_scheduler.policy import JobView
 from alise_scheduler.predictor import PromptInput, Quality
 from alise_scheduler.queue_view import (
     JobFacts,
@@ -175,11 +174,10 @@ def _times_at(
 ) -> Times | None:
     points = remaining_after(quantiles, 0)
     rates = engine.pricing.rates
-    prefill_s = rates.service_s(prompt.prompt_tokens, 0)
-    work_s = tuple(prefill_s + tokens * rates.decode_s_per_token for tokens in points)
-    view = JobView(engine.pace.now_s, work_s, 0.0, prefill_s)
+    view = new_job_view(engine.pace.now_s, prompt.prompt_tokens, points, rates)
     wait_s = wait_before_s(place(view, 0, engine.pricing), engine_rows, engine.pace)
-    return None if wait_s is None else Times(wait_s, mean(work_s))
+    work_s = rates.service_s(prompt.prompt_tokens, mean(points))
+    return None if wait_s is None else Times(wait_s, work_s)
 
 
 def _engine(engine: EngineFacts, engine_rows: Sequence[JobRow]) -> dict[str, Any]:

@@ -132,6 +132,7 @@ def _events_of(event: pb.Event) -> Iterator[Event]:
             context_tokens=event.step.context_tokens,
             duration_s=_finite("StepTiming.duration_s", event.step.duration_s),
             decoded_tokens=event.step.decoded_tokens,
+            waiting_jobs=event.step.waiting_jobs,
         )
     elif kind == "snapshot":
         yield from (_arrived(job) for job in event.snapshot.jobs)

@@ -133,7 +133,7 @@ class AliseSteering:
         now_s = replica.now_s
         self._state.hear(now_s, now_s)
         is_contended = bool(replica.waiting) and replica.free_slots < 1
-        if is_contended and now_s >= self._next_report_s:
+        if replica.waiting and now_s >= self._next_report_s:
             self._report(replica)
         if self._has_news:
             self._take_estimates(replica)
@@ -175,8 +175,17 @@ class AliseSteering:
     def _report(self, replica: Replica) -> None:
         step_s = replica.step_s()
         self._next_report_s = replica.now_s + max(_REPORT_INTERVAL_S, _REPORT_STEPS * step_s)
-        context = sum(map(replica.context_tokens, replica.running.values()))
-        self._state.apply(StepTiming(0, len(replica.running), context, step_s))
+        steps = replica.take_steps()
+        if steps.steps:
+            # Their mean: what a step costs is linear in what runs in it.
+            timing = StepTiming(
+                prefill_tokens=round(steps.prefill_tokens / steps.steps),
+                decode_jobs=round(steps.decode_jobs / steps.steps),
+                context_tokens=round(steps.context_tokens / steps.steps),
+                duration_s=steps.seconds / steps.steps,
+                waiting_jobs=steps.waiting_jobs,
+            )
+            self._state.apply(timing)
         for job in replica.running.values():
             tokens = replica.output_tokens(job)
             record = self._records[job.number]

@@ -468,6 +468,7 @@ class StepTiming(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     DURATION_S_FIELD_NUMBER: _builtins.int
     DECODED_TOKENS_FIELD_NUMBER: _builtins.int
+    WAITING_JOBS_FIELD_NUMBER: _builtins.int
     prefill_tokens: _builtins.int
     decode_jobs: _builtins.int
     context_tokens: _builtins.int
@@ -477,6 +478,8 @@ class StepTiming(_message.Message):
     """With speculative decoding: tokens of their answers that the jobs that decoded got, accepted
     drafts included. 0: one each, as without drafts.
     """
+    waiting_jobs: _builtins.int
+    """Jobs that had no place in it: for want of slots, tokens or KV blocks."""
     def __init__(
         self,
         *,
@@ -485,10 +488,11 @@ class StepTiming(_message.Message):
         context_tokens: _builtins.int = ...,
         duration_s: _builtins.float = ...,
         decoded_tokens: _builtins.int = ...,
+        waiting_jobs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "decode_jobs", b"decode_jobs", "decoded_tokens", b"decoded_tokens", "duration_s", b"duration_s", "prefill_tokens", b"prefill_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "decode_jobs", b"decode_jobs", "decoded_tokens", b"decoded_tokens", "duration_s", b"duration_s", "prefill_tokens", b"prefill_tokens", "waiting_jobs", b"waiting_jobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
