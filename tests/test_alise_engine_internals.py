@@ -9,6 +9,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 from alise_bench.scheduler_setup import build_scheduler
+from alise_engine.scheduler import AliseScheduler
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     OffloadingConnectorScheduler,
@@ -106,6 +107,7 @@ def test_signature(function: object, parameters: list[str]) -> None:
         "scheduler_reserve_full_isl",
         "_inflight_prefills",
         "deferred_frees",
+        "max_num_scheduled_tokens",
         "lora_config",
     ],
 )
@@ -127,6 +129,7 @@ def test_scheduler_attribute(name: str, tmp_path: object) -> None:
         "num_tokens",
         "num_computed_tokens",
         "num_preemptions",
+        "is_prefill_chunk",
         "num_stale_output_tokens",
         "max_tokens",
         "block_hashes",
@@ -200,3 +203,21 @@ def test_statuses() -> None:
 def test_command_line_entry() -> None:
     assert callable(importlib.import_module("vllm.entrypoints.cli.main").main)
     assert Request.__module__ == "vllm.v1.request"
+
+
+def test_the_plug_in_replaces_no_method_of_vllms_by_accident() -> None:
+    own = {name for name, value in vars(AliseScheduler).items() if inspect.isfunction(value)}
+    replaced = {name for name in own if hasattr(AsyncScheduler, name)}
+    assert replaced == {
+        "__init__",
+        "add_request",
+        "schedule",
+        "get_grammar_bitmask",
+        "shutdown",
+        "make_spec_decoding_stats",
+        "_update_request_with_output",
+        "_update_after_schedule",
+        "_preempt_request",
+        "_set_kv_fetch_stage",
+        "_free_request",
+    }

@@ -237,6 +237,18 @@ def test_a_job_with_drafts_to_verify_is_decoding(make: Any) -> None:
     assert steps == [(30, 0, 0), (0, 1, 2)]
 
 
+def test_a_prompt_longer_than_a_step_does_not_stop_the_answers_behind_it(make: Any) -> None:
+    scheduler, client = make(slots=2, max_num_batched_tokens=64)
+    driver = Driver(scheduler)
+    (answering,) = add(scheduler, 1)
+    driver.step()
+    (long_prompt,) = add(scheduler, 1, prompt_tokens=300)
+    client.estimates = [estimate(answering, 100.0, 90), estimate(long_prompt, 0.0, 1000)]
+    steps = [driver.step().num_scheduled_tokens for _ in range(5)]
+    assert [step[answering.request_id] for step in steps] == [1] * 5
+    assert [step[long_prompt.request_id] for step in steps] == [63, 63, 63, 63, 48]
+
+
 def test_the_sidecar_is_told_who_had_no_place_in_a_step(make: Any) -> None:
     scheduler, client = make()
     driver = Driver(scheduler)

@@ -139,6 +139,9 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             self.running.sort(key=self._key_of)
             if not throttle_prefills and self._pause_state == PauseState.UNPAUSED:
                 victims = self._preempt_for_waiting(now_s)
+            # vLLM hands out the step's tokens in this order: a prompt that takes them all would
+            # stop the answers behind it. They go first, as in stock; else nothing is moved.
+            self.running.sort(key=self._fills_a_step)
         if self._tier is not None and self._steering is not None:
             self._tier.prefill_s_per_token = self._client.costs.prefill_s_per_token
             self._steering.prefetch(self._step_s)
@@ -307,14 +310,16 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         """Preempt whom dispatch names; return them, taken out of the waiting queue."""
         if not self._settings.preempts or not self.waiting or not self.running:
             return []
-        if self._free_slots() < 1 and not is_far_behind(
-            self._key_of(self.running[-1]),
-            self._key_of(self.waiting.peek_request()),
-            self._dispatch,
+        best = self.waiting.peek_request()
+        slots, blocks = self._free_slots(), self._blocks_left(now_s)
+        if slots > 0 and blocks >= self._blocks_of(best):
+            return []  # it waits for the step's tokens, if for anything
+        if slots < 1 and not is_far_behind(
+            self._key_of(self.running[-1]), self._key_of(best), self._dispatch
         ):
             return []
-        room = self._room(now_s)
-        if room.slots < 1 and room.wait_s(0) <= self._dispatch.margin_s:
+        room = Room(slots, blocks, self._frees_s())
+        if slots < 1 and room.wait_s(0) <= self._dispatch.margin_s:
             return []
         worst = self.running[: -_VICTIMS_CONSIDERED - 1 : -1]
         running = [self._running_job(request) for request in worst]
@@ -322,7 +327,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         victim_ids = choose_victims(waiting, running, room, self._dispatch)
         if not victim_ids:
             return []
-        if room.slots > 0:
+        if slots > 0:
             # Blocks were short. They are counted without shared prefixes and reservations, so
             # the candidate may still not fit: give it time before anybody else is preempted.
             self._no_block_preemption_until_s = now_s + _BLOCKED_RETRY_S
@@ -338,21 +343,30 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._preempt_request(request, now_s, drop_stale_output=self.requires_kv_delivery)
         self.waiting.remove_request(request)
 
+    def _fills_a_step(self, request: Request) -> bool:
+        """Return whether what is left of a job's prompt leaves a step no tokens for the others."""
+        if not request.is_prefill_chunk:
+            return False
+        left = request.num_tokens - request.num_computed_tokens
+        return bool(left + len(self.running) > self.max_num_scheduled_tokens)
+
     def _free_slots(self) -> int:
         # A job that holds KV blocks (it is being restored) is admitted before all others.
         holding = len(self.kv_holding_waiting)
         taken: int = len(self.running) + holding + self.num_waiting_for_streaming_input
         return self.max_num_active_reqs - taken
 
-    def _room(self, now_s: float) -> Room:
+    def _blocks_left(self, now_s: float) -> int:
         pool = self.kv_cache_manager.block_pool
-        blocks = pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
+        if now_s < self._no_block_preemption_until_s:
+            return int(pool.num_gpu_blocks)
+        blocks: int = pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
         # Freed ones that a batch in flight may still write come with its end: the candidate gets
         # them in the next step, and nobody else is preempted meanwhile.
-        blocks += sum(len(freed) for _, freed in self.deferred_frees)
-        if now_s < self._no_block_preemption_until_s:
-            blocks = pool.num_gpu_blocks
-        return Room(slots=self._free_slots(), blocks=blocks, frees_s=self._frees_s())
+        return blocks + sum(len(freed) for _, freed in self.deferred_frees)
+
+    def _blocks_of(self, request: Request) -> int:
+        return int(request.num_tokens // self.block_size + 1)
 
     def _frees_s(self) -> list[float]:
         """Return the expected seconds until each running job ends, ascending, where known."""
@@ -382,7 +396,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
                 key=record.key,
                 is_ranked=record.is_ranked,
                 remaining_s=self._remaining_s(request),
-                blocks=request.num_tokens // self.block_size + 1,
+                blocks=self._blocks_of(request),
             )
 
     def _running_job(self, request: Request) -> RunningJob:

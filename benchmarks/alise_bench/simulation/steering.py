@@ -62,6 +62,7 @@ from alise_bench.simulation.workload import RecordedRequest
 
 _REPORT_INTERVAL_S: Final = 0.25
 _REPORT_STEPS: Final = 4
+_BLOCKED_RETRY_S: Final = 1.0
 _VICTIMS_CONSIDERED: Final = 16
 _PREFETCHES_CONSIDERED: Final = 4
 _WAITING_CONSIDERED: Final = 256
@@ -106,6 +107,7 @@ class AliseSteering:
         self._records: dict[int, _Record] = {}
         self._kept: dict[int, ReplicaJob] = {}
         self._next_report_s = 0.0
+        self._no_block_preemption_until_s = 0.0
         self._has_news = False
 
     # What the replica asks.
@@ -132,15 +134,15 @@ class AliseSteering:
         """Report progress, take estimates, preempt and prefetch as the engine does in a step."""
         now_s = replica.now_s
         self._state.hear(now_s, now_s)
-        is_contended = bool(replica.waiting) and replica.free_slots < 1
         if replica.waiting and now_s >= self._next_report_s:
             self._report(replica)
         if self._has_news:
             self._take_estimates(replica)
-        if is_contended:
-            if self._preempts:
+        if replica.waiting:
+            if self._preempts and replica.running:
                 self._preempt(replica)
-            self._prefetch(replica)
+            if replica.free_slots <= len(replica.loading):
+                self._prefetch(replica)
         return self._next_report_s if replica.waiting else math.inf
 
     def keep(self, job: ReplicaJob, context_tokens: int, replica: Replica) -> int:
@@ -216,16 +218,24 @@ class AliseSteering:
 
     def _preempt(self, replica: Replica) -> None:
         best = replica.waiting.peekitem(0)[1]
+        is_blocked = replica.now_s < self._no_block_preemption_until_s
+        blocks = self._hardware.kv_tokens if is_blocked else replica.free_tokens
+        is_full = replica.free_slots < 1
+        if not is_full and blocks >= self._blocks_of(best, replica):
+            return
         worst = max(replica.running.values(), key=_order)
-        if not is_far_behind(_key(worst), _key(best), self._dispatch):
+        if is_full and not is_far_behind(_key(worst), _key(best), self._dispatch):
             return
         frees_s = self._frees_s(replica)
-        if frees_s and frees_s[0] <= self._dispatch.margin_s:
+        if is_full and frees_s and frees_s[0] <= self._dispatch.margin_s:
             return
         by_order = sorted(replica.running.values(), key=_order, reverse=True)
         running = [self._running_job(job, replica) for job in by_order[:_VICTIMS_CONSIDERED]]
-        room = Room(replica.free_slots, replica.free_tokens, frees_s)
-        for job_id in choose_victims(self._waiting_jobs(replica), running, room, self._dispatch):
+        room = Room(replica.free_slots, blocks, frees_s)
+        victims = choose_victims(self._waiting_jobs(replica), running, room, self._dispatch)
+        if victims and not is_full:
+            self._no_block_preemption_until_s = replica.now_s + _BLOCKED_RETRY_S
+        for job_id in victims:
             replica.preempt(replica.running[int(job_id)])
 
     def _remaining_s(self, job: ReplicaJob, replica: Replica) -> float | None:
@@ -247,8 +257,12 @@ class AliseSteering:
                 key=_key(job),
                 is_ranked=self._records[job.number].estimate is not None,
                 remaining_s=self._remaining_s(job, replica),
-                blocks=replica.context_tokens(job) + self._hardware.block_tokens,
+                blocks=self._blocks_of(job, replica),
             )
+
+    def _blocks_of(self, job: ReplicaJob, replica: Replica) -> int:
+        """Return the KV space that admission takes, in the replica's measure: tokens."""
+        return replica.context_tokens(job) + self._hardware.block_tokens
 
     def _running_job(self, job: ReplicaJob, replica: Replica) -> RunningJob:
         context = replica.context_tokens(job)
