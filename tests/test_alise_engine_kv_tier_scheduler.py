@@ -215,6 +215,22 @@ def test_a_likely_victim_is_stored_ahead_in_small_parts(make: Make) -> None:
     assert first < engine.tier.held_tokens(long)
 
 
+def test_nobody_is_stored_ahead_for_a_job_that_waits_for_tokens_alone(make: Make) -> None:
+    engine, client = make(slots=4, max_num_batched_tokens=64)
+    engine.scheduler._step_s = 1.0
+    (long,) = add(engine, prompt_tokens=60)
+    for _ in range(20):
+        engine.step()
+    others = add(engine, 2, prompt_tokens=600)
+    rank(client, long, 0.0, 900)
+    for other in others:
+        rank(client, other, 1.0, 900)
+    for _ in range(9):
+        engine.step()
+        assert len(engine.scheduler.waiting) == 1
+    assert engine.tier.held_tokens(long) == 0
+
+
 def test_a_job_is_loaded_before_its_turn(make: Make) -> None:
     engine, client = make(slots=1)
     in_time = counted(tier_metrics.PREFETCHES, "in_time")

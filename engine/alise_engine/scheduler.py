@@ -106,7 +106,13 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         self._unreported_unknown_jobs = 0
         self._steering: TierSteering | None = None
         if self._tier is not None:
-            jobs = JobView(self._key_of, self._remaining_s, self._frees_s, self._is_likely_victim)
+            jobs = JobView(
+                self._key_of,
+                self._remaining_s,
+                self._frees_s,
+                self._is_likely_victim,
+                self._has_place_for_next,
+            )
             self._steering = TierSteering(self, self._tier, jobs)
         self._client = SidecarClient(
             self._settings.address,
@@ -310,14 +316,21 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         """Preempt whom dispatch names; return them, taken out of the waiting queue."""
         if not self._settings.preempts or not self.waiting or not self.running:
             return []
-        best = self.waiting.peek_request()
-        slots, blocks = self._free_slots(), self._blocks_left(now_s)
-        if slots > 0 and blocks >= self._blocks_of(best):
-            return []  # it waits for the step's tokens, if for anything
+        if self._has_place_for_next():
+            return []
+        slots = self._free_slots()
         if slots < 1 and not is_far_behind(
-            self._key_of(self.running[-1]), self._key_of(best), self._dispatch
+            self._key_of(self.running[-1]),
+            self._key_of(self.waiting.peek_request()),
+            self._dispatch,
         ):
             return []
+        is_blocked = now_s < self._no_block_preemption_until_s
+        blocks = (
+            self.kv_cache_manager.block_pool.num_gpu_blocks
+            if is_blocked
+            else self._kv_blocks_left()
+        )
         room = Room(slots, blocks, self._frees_s())
         if slots < 1 and room.wait_s(0) <= self._dispatch.margin_s:
             return []
@@ -356,14 +369,18 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
         taken: int = len(self.running) + holding + self.num_waiting_for_streaming_input
         return self.max_num_active_reqs - taken
 
-    def _blocks_left(self, now_s: float) -> int:
-        pool = self.kv_cache_manager.block_pool
-        if now_s < self._no_block_preemption_until_s:
-            return int(pool.num_gpu_blocks)
-        blocks: int = pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
+    def _kv_blocks_left(self) -> int:
+        """Return how many KV blocks are free."""
+        free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()
         # Freed ones that a batch in flight may still write come with its end: the candidate gets
         # them in the next step, and nobody else is preempted meanwhile.
-        return blocks + sum(len(freed) for _, freed in self.deferred_frees)
+        free += sum(len(freed) for _, freed in self.deferred_frees)
+        return free - int(self.kv_cache_manager.watermark_blocks)
+
+    def _has_place_for_next(self) -> bool:
+        """Return whether the first waiting job waits for a step's tokens, if for anything."""
+        needed = self._blocks_of(self.waiting.peek_request())
+        return self._free_slots() > 0 and self._kv_blocks_left() >= needed
 
     def _blocks_of(self, request: Request) -> int:
         return int(request.num_tokens // self.block_size + 1)

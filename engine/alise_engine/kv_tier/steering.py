@@ -48,6 +48,8 @@ class JobView:
     """Expected seconds until each running job ends, ascending, where known."""
     is_likely_victim: Callable[[Request], bool]
     """Whether dispatch may preempt it at all."""
+    has_place_for_next: Callable[[], bool]
+    """Whether the first waiting job needs nobody's slot or blocks."""
 
 
 class TierSteering:
@@ -89,7 +91,8 @@ class TierSteering:
         scheduler = self._scheduler
         self._count_prefetches()
         holding = list(scheduler.kv_holding_waiting)
-        if self._free_slots() > 0 or not self._tier.manager.used_slots():
+        slots = scheduler.max_num_active_reqs - len(scheduler.running) - len(holding)
+        if slots > 0 or not self._tier.manager.used_slots():
             return
         queue = holding + list(islice(scheduler.waiting, _PREFETCHES_CONSIDERED))
         held_tokens = [self._restorable_tokens(request) for request in queue]
@@ -164,25 +167,13 @@ class TierSteering:
 
     def plan_stores(self, step_s: float) -> None:
         """Choose some blocks of likely victims to store ahead, while somebody waits for a place."""
-        if not self._scheduler.waiting or self._has_place():
+        if not self._scheduler.waiting or self._jobs.has_place_for_next():
             return
         block_s = self._tier.costs().store_s_per_token * self._tier.block_tokens
         budget = store_budget_blocks(step_s, block_s, self._parameters)
         self._credit_blocks = min(self._credit_blocks, _SPARE_BLOCKS) + budget
         budget_blocks = int(self._credit_blocks)
         self._planned = choose_stores(self._likely_victims(), budget_blocks, self._parameters)
-
-    def _free_slots(self) -> int:
-        scheduler = self._scheduler
-        holding = len(scheduler.kv_holding_waiting)
-        return int(scheduler.max_num_active_reqs - len(scheduler.running) - holding)
-
-    def _has_place(self) -> bool:
-        """Return whether the first one that waits does so for a step's tokens alone."""
-        scheduler = self._scheduler
-        needed = scheduler.waiting.peek_request().num_tokens // scheduler.block_size + 1
-        free_blocks = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-        return self._free_slots() > 0 and free_blocks >= needed
 
     def store_ahead(self) -> None:
         """Store what was planned beside the last step, of jobs that still run."""
