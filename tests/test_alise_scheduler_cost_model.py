@@ -113,3 +113,18 @@ def test_fit_keeps_the_total_time_of_the_steps() -> None:
     cost = fit(noisy, StepCost())
     fitted_s = sum(cost.step_s(s.prefill_tokens, s.decode_jobs, s.context_tokens) for s in noisy)
     assert fitted_s == pytest.approx(sum(step.duration_s for step in noisy), rel=0.005)
+
+
+def test_others_prompts_count_to_the_time_of_an_answer_but_not_to_its_work() -> None:
+    alone, crowded = CostModel(), CostModel()
+    for step in steps(512):
+        alone.observe(step)
+        crowded.observe(step)
+    for _ in range(64):
+        alone.observe(timing(0, 16, 1600))
+        crowded.observe(timing(1000, 16, 1600))
+    assert alone.rates().elapsed_s(0, 10) == pytest.approx(10 * MACHINE.step_s(0, 16, 1600), 0.1)
+    assert crowded.rates().elapsed_s(0, 10) == pytest.approx(
+        10 * MACHINE.step_s(1000, 16, 1600), rel=0.1
+    )
+    assert crowded.rates().engine_s(0, 10) == pytest.approx(alone.rates().engine_s(0, 10), rel=0.1)

@@ -58,10 +58,16 @@ class ServiceRates:
     decode_s_per_token: float
     decode_jobs: float = 1.0
     """That share a step, on average."""
+    wait_s_per_token: float = 0.0
+    """What prompts of others, computed in the same steps, add to a token of answer on average."""
 
     def service_s(self, prompt_tokens: float, output_tokens: float) -> float:
         """Return T(s, n), seconds, for a prompt of s and an answer of n tokens."""
         return prompt_tokens * self.prefill_s_per_token + output_tokens * self.decode_s_per_token
+
+    def elapsed_s(self, prompt_tokens: float, output_tokens: float) -> float:
+        """Return how long a job has its slot, seconds: its own time, and what others add to it."""
+        return self.service_s(prompt_tokens, output_tokens) + output_tokens * self.wait_s_per_token
 
     def engine_s(self, prompt_tokens: float, output_tokens: float) -> float:
         """Return what a job takes of the engine, seconds: over all jobs, the time that it is busy.
@@ -161,6 +167,7 @@ class CostModel:
         count = len(self._load)
         jobs = sum(s.decode_jobs for s in self._load) / count if count else 1.0
         context = sum(s.context_tokens for s in self._load) / count if count else 0.0
+        prefill = sum(s.prefill_tokens for s in self._load) / count if count else 0.0
         tokens = (
             sum(max(s.decoded_tokens, s.decode_jobs) for s in self._load) / count if count else 1.0
         )
@@ -168,4 +175,5 @@ class CostModel:
             max(self.cost.prefill_s_per_token, _LEAST_RATE_S),
             max(self.cost.step_s(0, jobs, context) * jobs / tokens, _LEAST_RATE_S),
             jobs,
+            prefill * self.cost.prefill_s_per_token * jobs / tokens,
         )

@@ -159,11 +159,12 @@ class EngineState:
 
     @property
     def mean_service_s(self) -> float | None:
-        """A job's mean service time at the present load, seconds; None before any job was seen."""
+        """How long a job has a slot at the present load, seconds; None before any job was seen."""
         mean_job = mean_tokens(self._finished, self._predicted)
         if mean_job is None:
             return None
-        return self.pricing.rates.service_s(mean_job.prompt_tokens, mean_job.output_tokens)
+        rates = self.cost_model.rates()
+        return rates.elapsed_s(mean_job.prompt_tokens, mean_job.output_tokens)
 
     def apply(self, event: Event) -> Ended | None:
         """Take in one event; returns the job that it ended, if any."""

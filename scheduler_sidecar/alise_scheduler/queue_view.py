@@ -191,7 +191,7 @@ def _work_s(job: JobFacts, pace: Pace) -> float | None:
 def _remaining_s(job: JobFacts, rates: ServiceRates) -> float | None:
     if job.remaining_tokens is None:
         return None
-    return rates.service_s(0 if job.output_tokens else job.prompt_tokens, job.remaining_tokens)
+    return rates.elapsed_s(0 if job.output_tokens else job.prompt_tokens, job.remaining_tokens)
 
 
 def _later(sorted_s: Sequence[float], at_s: float) -> int:

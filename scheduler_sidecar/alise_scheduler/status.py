@@ -173,11 +173,12 @@ def _times_at(
     engine: EngineFacts, engine_rows: Sequence[JobRow], prompt: PromptInput, quantiles: Quantiles
 ) -> Times | None:
     points = remaining_after(quantiles, 0)
-    rates = engine.pricing.rates
-    view = new_job_view(engine.pace.now_s, prompt.prompt_tokens, points, rates)
-    wait_s = wait_before_s(place(view, 0, engine.pricing), engine_rows, engine.pace)
-    work_s = rates.service_s(prompt.prompt_tokens, mean(points))
-    return None if wait_s is None else Times(wait_s, work_s)
+    pace, pricing = engine.pace, engine.pricing
+    view = new_job_view(pace.now_s, prompt.prompt_tokens, points, pricing.rates)
+    wait_s = wait_before_s(place(view, 0, pricing), engine_rows, pace)
+    if wait_s is None:
+        return None
+    return Times(wait_s, pace.rates.elapsed_s(prompt.prompt_tokens, mean(points)))
 
 
 def _engine(engine: EngineFacts, engine_rows: Sequence[JobRow]) -> dict[str, Any]:

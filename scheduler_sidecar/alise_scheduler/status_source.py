@@ -90,7 +90,7 @@ class StatusSource:
             pace=Pace(
                 now_s=self.loop.time() + state.clock_ahead_s,
                 slots=state.introduction.slots,
-                rates=state.pricing.rates,
+                rates=state.cost_model.rates(),
                 mean_service_s=state.mean_service_s,
             ),
             pricing=state.pricing,
