@@ -253,7 +253,9 @@ def test_gamma_follows_the_finished_jobs() -> None:
     state, _ = state_of()
     finish_40_jobs(state, 1000)
     engine_s = state.pricing.rates.engine_s(1, 1000)
-    assert state.pricing.parameters.gamma_per_s == pytest.approx(gamma_for(engine_s, 0), rel=0.1)
+    assert state.pricing.parameters.gamma_per_s == pytest.approx(
+        gamma_for(engine_s, 0, state.pricing.rates.decode_jobs), rel=0.1
+    )
 
 
 def test_gamma_uses_the_predictions_until_enough_have_finished() -> None:
@@ -262,7 +264,9 @@ def test_gamma_uses_the_predictions_until_enough_have_finished() -> None:
         state.apply(Arrived(f"{index}", 0.0, prompt_input(2000, prompt_tokens=1)))
     settle(state)
     engine_s = state.pricing.rates.engine_s(1, 2000)
-    assert state.pricing.parameters.gamma_per_s == pytest.approx(gamma_for(engine_s, 0), rel=0.3)
+    assert state.pricing.parameters.gamma_per_s == pytest.approx(
+        gamma_for(engine_s, 0, state.pricing.rates.decode_jobs), rel=0.3
+    )
 
 
 def step_with(waiting_jobs: int) -> StepTiming:
@@ -281,7 +285,7 @@ def test_gamma_falls_as_jobs_wait_and_rises_as_they_end() -> None:
     state.apply(step_with(waiting_jobs=100))
     settle(state)
     crowded = state.pricing.parameters.gamma_per_s
-    assert crowded == pytest.approx(gamma_for(engine_s_of(state, 1000), 100), rel=0.1)
+    assert crowded == pytest.approx(gamma_for(engine_s_of(state, 1000), 100, 4), rel=0.1)
     state.apply(step_with(waiting_jobs=0))
     settle(state)
     assert state.pricing.parameters.gamma_per_s > 3 * crowded
@@ -290,7 +294,7 @@ def test_gamma_falls_as_jobs_wait_and_rises_as_they_end() -> None:
 def test_what_the_prefix_cache_has_takes_no_time() -> None:
     state, _ = state_of()
     finish_40_jobs(state, 100, prompt_tokens=5000, cached_prompt_tokens=4999)
-    expected = gamma_for(engine_s_of(state, 100), 0)
+    expected = gamma_for(engine_s_of(state, 100), 0, state.pricing.rates.decode_jobs)
     assert state.pricing.parameters.gamma_per_s == pytest.approx(expected, rel=0.1)
 
 
@@ -309,7 +313,7 @@ def test_a_job_that_has_waited_longer_than_with_fcfs_goes_before_younger_ones() 
     settle(state)
     state.apply(Progress("had a slot", 100, [7] * 100, is_running=True))
     settle(state)
-    due_s = overdue_s(engine_s_of(state, 1000), 100)
+    due_s = overdue_s(engine_s_of(state, 1000), 100, 4)
     assert overdue_jobs(state, due_s - 0.5) == []
     assert overdue_jobs(state, due_s + 0.4) == []  # it looks once in a second, not every time
     assert overdue_jobs(state, due_s + 0.6) == ["long"]

@@ -10,7 +10,6 @@ from alise_scheduler.policy import (
     OVERDUE_WAITS,
     PREDICTION_FREE,
     QUEUE_SHARE,
-    USUAL_QUEUE_JOBS,
     JobView,
     Policy,
     PolicyParameters,
@@ -80,8 +79,8 @@ def test_only_the_shortest_overtake_a_job_that_is_overdue(own, other, arrival, y
 
 
 def test_a_job_is_overdue_somewhat_after_the_longest_wait() -> None:
-    assert overdue_s(0.5, 100.0) == pytest.approx(OVERDUE_WAITS * 50.0)
-    assert overdue_s(0.5, 0.0) == 0.5 * USUAL_QUEUE_JOBS
+    assert overdue_s(0.5, 100.0, 8.0) == pytest.approx(OVERDUE_WAITS * 50.0)
+    assert overdue_s(0.5, 0.0, 8.0) == 0.5 * 8.0
 
 
 @given(work, work, gammas)
@@ -135,14 +134,17 @@ def test_large_gamma_is_fcfs_and_small_gamma_is_sjf() -> None:
 
 
 def test_gamma_is_a_share_of_the_inverse_of_the_usual_wait() -> None:
-    assert gamma_for(0.5, 0.0) == pytest.approx(GAMMA_SHARE / (0.5 * USUAL_QUEUE_JOBS))
-    assert math.isfinite(gamma_for(0.0, 0.0))
+    # A queue as long as the batch is usual, one of 16 where the batch is larger.
+    for batch_jobs, usual_jobs in [(0.0, 1.0), (8.0, 8.0), (256.0, 16.0)]:
+        expected = pytest.approx(GAMMA_SHARE / (0.5 * usual_jobs))
+        assert gamma_for(0.5, 0.0, batch_jobs) == expected
+    assert math.isfinite(gamma_for(0.0, 0.0, 1.0))
 
 
 def test_a_queue_longer_than_usual_makes_gamma_favour_the_mean() -> None:
-    assert gamma_for(0.5, USUAL_QUEUE_JOBS) == gamma_for(0.5, 0.0)
-    longer = gamma_for(0.5, USUAL_QUEUE_JOBS + 100)
-    assert longer == pytest.approx(GAMMA_SHARE / (0.5 * (USUAL_QUEUE_JOBS + QUEUE_SHARE * 100)))
+    assert gamma_for(0.5, 8.0, 8.0) == gamma_for(0.5, 0.0, 8.0)
+    longer = gamma_for(0.5, 108.0, 8.0)
+    assert longer == pytest.approx(GAMMA_SHARE / (0.5 * (8.0 + QUEUE_SHARE * 100)))
 
 
 @given(arrival=seconds, less=work, more=work, tunables=parameters)

@@ -275,7 +275,7 @@ class EngineState:
         if engine_s is None:
             return pricing.parameters.gamma_per_s
         # By how many wait, and not by their estimates: it is asked with every batch of news.
-        return gamma_for(engine_s, self._waiting_jobs)
+        return gamma_for(engine_s, self._waiting_jobs, pricing.rates.decode_jobs)
 
     def _mean_engine_s(self, rates: ServiceRates) -> float | None:
         mean_job = mean_tokens(self._finished, self._predicted)
@@ -292,7 +292,8 @@ class EngineState:
         if engine_s is None:
             return
         self._next_overdue_look_s = self.heard_s + _OVERDUE_LOOK_S
-        latest_s = self.heard_s - overdue_s(engine_s, self._longest_queue_jobs)
+        due_s = overdue_s(engine_s, self._longest_queue_jobs, rates.decode_jobs)
+        latest_s = self.heard_s - due_s
         overdue = [
             job
             for job in self.table.jobs.values()

@@ -61,13 +61,21 @@ class PolicyParameters:
 
 GAMMA_SHARE: Final = 1.4
 QUEUE_SHARE: Final = 1.2
-USUAL_QUEUE_JOBS: Final = 16  # 1 / (1 - utilization): M/G/k's mean queue, if there is one, at 0.94
+_USUAL_QUEUE_JOBS: Final = 16.0  # 1 / (1 - utilization): M/G/k's mean one, if there is any, at 0.94
 OVERDUE_WAITS: Final = 1.3
 _OVERDUE_WORK_SHARE: Final = 0.1
 _MLFQ_LEVEL_S: Final = 1e6  # far above any difference between arrivals in one queue
 
 
-def gamma_for(engine_s: float, waiting_jobs: float) -> float:
+def usual_queue_jobs(batch_jobs: float) -> float:
+    """Return how long a queue counts as usual where so many jobs share a step.
+
+    As many as run, while they are few: they wait at lower loads, too, in shorter queues.
+    """
+    return min(max(batch_jobs, 1.0), _USUAL_QUEUE_JOBS)
+
+
+def gamma_for(engine_s: float, waiting_jobs: float, batch_jobs: float) -> float:
     """Return Boost's gamma (1/s), for the engine's time that a job takes and the queue's length.
 
     What overtaking adds to the tail is about as long as 1 / gamma, so that must be on the scale of
@@ -76,17 +84,18 @@ def gamma_for(engine_s: float, waiting_jobs: float) -> float:
     takes of the engine (`ServiceRates.engine_s`), whether slots, tokens or memory bound it. The
     shares were chosen by simulation (docs/policy.md).
     """
-    longer_jobs = max(waiting_jobs - USUAL_QUEUE_JOBS, 0.0)
-    return GAMMA_SHARE / max(engine_s * (USUAL_QUEUE_JOBS + QUEUE_SHARE * longer_jobs), 1e-3)
+    usual_jobs = usual_queue_jobs(batch_jobs)
+    longer_jobs = max(waiting_jobs - usual_jobs, 0.0)
+    return GAMMA_SHARE / max(engine_s * (usual_jobs + QUEUE_SHARE * longer_jobs), 1e-3)
 
 
-def overdue_s(engine_s: float, longest_queue_jobs: float) -> float:
+def overdue_s(engine_s: float, longest_queue_jobs: float, batch_jobs: float) -> float:
     """Return how long (s) a job may wait in all before it is overdue.
 
     That is the longest wait of FCFS, by the queues that newcomers met of late, and somewhat more,
     by which short jobs go on gaining in a lasting overload, where all wait about as long.
     """
-    return max(OVERDUE_WAITS * longest_queue_jobs, USUAL_QUEUE_JOBS) * engine_s
+    return max(OVERDUE_WAITS * longest_queue_jobs, usual_queue_jobs(batch_jobs)) * engine_s
 
 
 def boost_s(work_s: float, gamma_per_s: float) -> float:
