@@ -249,6 +249,14 @@ def finish_40_jobs(
     settle(state)
 
 
+def engine_s_of(state: EngineState, output_tokens: float) -> float:
+    return state.pricing.rates.engine_s(1, output_tokens)
+
+
+def gamma_without_a_queue(state: EngineState, output_tokens: float) -> float:
+    return gamma_for(engine_s_of(state, output_tokens), 0, state.pricing.rates.decode_jobs)
+
+
 def test_gamma_follows_the_finished_jobs() -> None:
     state, _ = state_of()
     finish_40_jobs(state, 1000)
@@ -273,10 +281,6 @@ def step_with(waiting_jobs: int) -> StepTiming:
     return StepTiming(0, 4, 400, 0.05, waiting_jobs=waiting_jobs)
 
 
-def engine_s_of(state: EngineState, output_tokens: float) -> float:
-    return state.pricing.rates.engine_s(1, output_tokens)
-
-
 def test_gamma_falls_as_jobs_wait_and_rises_as_they_end() -> None:
     # Slots need not be short: of 256, four are taken, as a step has no tokens left for more.
     state, _ = state_of()
@@ -294,7 +298,7 @@ def test_gamma_falls_as_jobs_wait_and_rises_as_they_end() -> None:
 def test_what_the_prefix_cache_has_takes_no_time() -> None:
     state, _ = state_of()
     finish_40_jobs(state, 100, prompt_tokens=5000, cached_prompt_tokens=4999)
-    expected = gamma_for(engine_s_of(state, 100), 0, state.pricing.rates.decode_jobs)
+    expected = gamma_without_a_queue(state, 100)
     assert state.pricing.parameters.gamma_per_s == pytest.approx(expected, rel=0.1)
 
 
