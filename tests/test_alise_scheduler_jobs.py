@@ -260,10 +260,8 @@ def gamma_without_a_queue(state: EngineState, output_tokens: float) -> float:
 def test_gamma_follows_the_finished_jobs() -> None:
     state, _ = state_of()
     finish_40_jobs(state, 1000)
-    engine_s = state.pricing.rates.engine_s(1, 1000)
-    assert state.pricing.parameters.gamma_per_s == pytest.approx(
-        gamma_for(engine_s, 0, state.pricing.rates.decode_jobs), rel=0.1
-    )
+    expected = gamma_without_a_queue(state, 1000)
+    assert state.pricing.parameters.gamma_per_s == pytest.approx(expected, rel=0.1)
 
 
 def test_gamma_uses_the_predictions_until_enough_have_finished() -> None:
@@ -271,10 +269,8 @@ def test_gamma_uses_the_predictions_until_enough_have_finished() -> None:
     for index in range(5):
         state.apply(Arrived(f"{index}", 0.0, prompt_input(2000, prompt_tokens=1)))
     settle(state)
-    engine_s = state.pricing.rates.engine_s(1, 2000)
-    assert state.pricing.parameters.gamma_per_s == pytest.approx(
-        gamma_for(engine_s, 0, state.pricing.rates.decode_jobs), rel=0.3
-    )
+    expected = gamma_without_a_queue(state, 2000)
+    assert state.pricing.parameters.gamma_per_s == pytest.approx(expected, rel=0.3)
 
 
 def step_with(waiting_jobs: int) -> StepTiming:
