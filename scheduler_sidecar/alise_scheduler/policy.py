@@ -111,12 +111,13 @@ def effective_work_s(
 ) -> float:
     """Return the certain work that ranks as equally likely, ascending amounts do, seconds.
 
-    `left_s` is what may be left of an answer of which `had_s` came out; `before_s` comes first,
-    for the prompt. Gittins' index (Gittins, Glazebrook and Weber, "Multi-armed Bandit Allocation
-    Indices", 2011) for the mean normalized latency, in which an answer of s in all counts 1/s: of
-    all d, serve for the d that maximizes E[1/s if it ends by d] / E[what it takes until d]. An
-    answer of s alone has 1/s^2, so the work is the index to the power of -1/2. A long job that may
-    well turn out short goes early, until it has outlived that.
+    `left_s` is what may be left of the job itself, `had_s` what it has had; `before_s` is what
+    others lose by it first, while its prompt is computed. Gittins' index (Gittins, Glazebrook and
+    Weber, "Multi-armed Bandit Allocation Indices", 2011) for the mean slowdown, in which a job of s
+    in all counts 1/s (of the answer alone: for the mean normalized latency): of all d, serve for the
+    d that maximizes E[1/s if it ends by d] / E[what it takes until d]. For a certain s that is all
+    to come it is 1/s^2, so the work is the index to the power of -1/2. A long job that may well
+    turn out short goes early, until it has outlived that.
     """
     best = gain = 0.0
     unended = len(left_s)
@@ -146,7 +147,7 @@ def _boost(job: JobView, parameters: PolicyParameters) -> float:
         job.answer_left_s,
         parameters.least_work_s,
         before_s=job.prompt_left_s,
-        had_s=max(job.attained_s - job.prefill_s, 0.0),
+        had_s=max(job.attained_s, job.prefill_s),
     )
     if job.is_overdue:
         # Before nearly all that came later: the very shortest pass, which costs it hardly anything.
