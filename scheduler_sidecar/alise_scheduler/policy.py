@@ -114,10 +114,10 @@ def effective_work_s(
     `left_s` is what may be left of the job itself, `had_s` what it has had; `before_s` is what
     others lose by it first, while its prompt is computed. Gittins' index (Gittins, Glazebrook and
     Weber, "Multi-armed Bandit Allocation Indices", 2011) for the mean slowdown, in which a job of s
-    in all counts 1/s (of the answer alone: for the mean normalized latency): of all d, serve for the
-    d that maximizes E[1/s if it ends by d] / E[what it takes until d]. For a certain s that is all
-    to come it is 1/s^2, so the work is the index to the power of -1/2. A long job that may well
-    turn out short goes early, until it has outlived that.
+    in all counts 1/s (of the answer alone: for the mean normalized latency): of all d, serve for
+    the d that maximizes E[1/s if it ends by d] / E[what it takes until d]. For a certain s, all of
+    it to come, that is 1/s^2, so the work is the index to the power of -1/2. A long job that may
+    well turn out short goes early, until it has outlived that.
     """
     best = gain = 0.0
     unended = len(left_s)
