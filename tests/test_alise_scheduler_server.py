@@ -57,19 +57,19 @@ def test_a_short_job_goes_before_a_long_one_that_came_earlier(tmp_path: Path) ->
             assert estimates["short"].priority < estimates["long"].priority < 1.0
             assert 400 < estimates["long"].remaining_tokens < 1800
 
-            await stream.send(progress("long", 100, new=100))
+            await stream.send(progress("long", 400, new=400))
             # As gamma follows the jobs seen, the first estimate may have been corrected meanwhile.
-            while (await stream.estimates("long"))["long"].at_output_tokens != 100:
+            while (await stream.estimates("long"))["long"].at_output_tokens != 400:
                 pass
-            await stream.send(finished("long", 110), finished("short", 4, pb.FINISH_REASON_LENGTH))
+            await stream.send(finished("long", 410), finished("short", 4, pb.FINISH_REASON_LENGTH))
             while len(predictor.observed) < 2:
                 await asyncio.sleep(0.01)
         assert [outcome for _, outcome in predictor.observed] == [
             Outcome.COMPLETE,
             Outcome.CENSORED,
         ]
-        assert predictor.observed[0][0].output_tokens == 110
-        assert predictor.observed[0][0].token_ids == [7] * 100
+        assert predictor.observed[0][0].output_tokens == 410
+        assert predictor.observed[0][0].token_ids == [7] * 400
         sequences = [message.sequence for message in stream.received]
         assert sequences == list(range(1, len(sequences) + 1))
         updates = [m.update for m in stream.received if m.HasField("update")]
