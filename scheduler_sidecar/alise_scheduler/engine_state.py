@@ -298,7 +298,7 @@ class EngineState:
             job
             for job in self.table.jobs.values()
             if not job.is_overdue
-            and job.arrival_s + job.output_tokens * rates.decode_s_per_token < latest_s
+            and job.arrival_s + rates.service_s(0, job.output_tokens) < latest_s
         ]
         for job in overdue:
             job.is_overdue = True

@@ -6,7 +6,7 @@ Pure. Seconds come from the cost model's rates, order from the policy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from alise_scheduler.cost_model import ServiceRates
@@ -80,7 +80,15 @@ def estimate(job: Job, pricing: Pricing) -> Estimate | None:
     left_tokens = remaining_tokens(job)
     if not left_tokens and pricing.policy not in PREDICTION_FREE:
         return None
-    value = place(view_of(job, left_tokens, pricing.rates), job.output_tokens, pricing)
+    view = view_of(
+        job.arrival_s,
+        job.prompt_tokens,
+        left_tokens,
+        pricing.rates,
+        output_tokens=job.output_tokens,
+        is_overdue=job.is_overdue,
+    )
+    value = place(view, job.output_tokens, pricing)
     expected_tokens = mean(left_tokens) if left_tokens else 0.0
     early_tokens = pricing.first_tokens - job.output_tokens
     if early_tokens > 0:
@@ -94,28 +102,24 @@ def estimate(job: Job, pricing: Pricing) -> Estimate | None:
     )
 
 
-def view_of(job: Job, left_tokens: Sequence[float], rates: ServiceRates) -> JobView:
-    """Return what a policy may know of `job`, of whose answer `left_tokens` may be left."""
-    fresh = new_job_view(job.arrival_s, job.prompt_tokens, left_tokens, rates)
-    if not job.output_tokens:
-        return replace(fresh, is_overdue=job.is_overdue)
-    return replace(
-        fresh,
-        prompt_left_s=0.0,
-        attained_s=rates.service_s(job.prompt_tokens, job.output_tokens),
-        is_overdue=job.is_overdue,
-    )
-
-
-def new_job_view(
-    arrival_s: float, prompt_tokens: int, left_tokens: Sequence[float], rates: ServiceRates
+def view_of(
+    arrival_s: float,
+    prompt_tokens: int,
+    left_tokens: Sequence[float],
+    rates: ServiceRates,
+    *,
+    output_tokens: int = 0,
+    is_overdue: bool = False,
 ) -> JobView:
-    """Return what a policy may know of a job that has just come."""
+    """Return what a policy may know of a job of whose answer `left_tokens` may be left."""
+    prefill_s = rates.service_s(prompt_tokens, 0)
     return JobView(
         arrival_s=arrival_s,
         answer_left_s=tuple([tokens * rates.decode_s_per_token for tokens in left_tokens]),
-        prompt_left_s=rates.decode_jobs * rates.engine_s(prompt_tokens, 0),
-        prefill_s=rates.service_s(prompt_tokens, 0),
+        attained_s=rates.service_s(prompt_tokens, output_tokens) if output_tokens else 0.0,
+        prefill_s=prefill_s,
+        prompt_left_s=0.0 if output_tokens else rates.decode_jobs * prefill_s,
+        is_overdue=is_overdue,
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from alise_scheduler.cost_model import StepCost
-from alise_scheduler.estimates import Pricing, new_job_view, place
+from alise_scheduler.estimates import Pricing, place, view_of
 from alise_scheduler.lengths import Quantiles, mean, remaining_after
 from alise_scheduler.predictor import PromptInput, Quality
 from alise_scheduler.queue_view import (
@@ -174,7 +174,7 @@ def _times_at(
 ) -> Times | None:
     points = remaining_after(quantiles, 0)
     pace, pricing = engine.pace, engine.pricing
-    view = new_job_view(pace.now_s, prompt.prompt_tokens, points, pricing.rates)
+    view = view_of(pace.now_s, prompt.prompt_tokens, points, pricing.rates)
     wait_s = wait_before_s(place(view, 0, pricing), engine_rows, pace)
     if wait_s is None:
         return None
