@@ -48,6 +48,7 @@ class FakePredictor:
         self.is_failing = False
         self.failures = 0
         self.is_closed = False
+        self.encoder = None
 
     def read(self, path: Path) -> Path:
         if path.read_text() == "bad":
@@ -74,7 +75,10 @@ class FakePredictor:
         self.observed.append((job, outcome))
         self.sample_count += 1
 
-    def start(self) -> None:
+    def start(self, deliver: object) -> None:
+        pass
+
+    def encode(self, prompt: PromptInput, job: FakeTracked, then: object) -> None:
         pass
 
     def close(self) -> None:

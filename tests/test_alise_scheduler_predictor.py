@@ -236,7 +236,7 @@ def test_a_restarted_predictor_predicts_at_once_and_the_same(table: Path, tmp_pa
 def test_trains_in_the_background_on_its_schedule(table: Path) -> None:
     predictor = Predictor(PredictorSettings(min_samples=80))
     predictor.load_token_table(table)
-    predictor.start()
+    predictor.start(lambda call: call())
     try:
         for one in conversations(79):
             finish(predictor, one)
@@ -261,7 +261,7 @@ def test_a_dying_trainer_is_survived(table: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(predictor_module, "start_worker", start_and_kill)
     predictor = Predictor(PredictorSettings(min_samples=80, retrain_after=1, retrain_growth=0.0))
     predictor.load_token_table(table)
-    predictor.start()
+    predictor.start(lambda call: call())
     try:
         for one in conversations(80):
             finish(predictor, one)

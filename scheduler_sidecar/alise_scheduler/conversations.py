@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +15,9 @@ import numpy as np
 
 from alise_scheduler.evaluation import Conversation
 from alise_scheduler.predictor import PromptInput
+from alise_scheduler.prompt_encoder import PromptEncoder, encoder_model
+from alise_scheduler.prompt_messages import prompt_messages
+from alise_scheduler.token_table import read_token_table
 
 _EDGE_TOKENS: Final = 512
 
@@ -127,6 +130,22 @@ def tokenize(
         )
         on_row()
     return conversations
+
+
+def encoded(
+    conversations: list[Conversation], table: Path, on_row: Callable[[], Any] = lambda: None
+) -> list[Conversation]:
+    """Return the conversations with their prompts' encodings; unchanged without an encoder."""
+    path = encoder_model()
+    if path is None:
+        return conversations
+    encoder, tokens = PromptEncoder(path), read_token_table(table)
+    result = []
+    for one in conversations:
+        messages = prompt_messages(one.prompt, tokens)
+        result.append(replace(one, encoding=encoder.encode(messages)))
+        on_row()
+    return result
 
 
 def _prompt(ids: list[int]) -> PromptInput:

@@ -51,6 +51,9 @@ class LengthPredictor(Protocol):
     def track(self, prompt: PromptInput) -> TrackedJob:
         """Begin to follow a job."""
 
+    def encode(self, prompt: PromptInput, job: TrackedJob, then: Callable[[], None]) -> None:
+        """Look closer at a prompt in the background; call `then` if there is more to say of it."""
+
     def predict(self, jobs: Sequence[TrackedJob]) -> Sequence[Quantiles | None]:
         """Return the quantiles of each job's remaining length, tokens; None without a model."""
 
@@ -127,7 +130,9 @@ class EngineState:
     _next_overdue_look_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self.table = JobTable(self.predictor.track, self.settings.true_tokens_of)
+        self.table = JobTable(
+            self.predictor.track, self.settings.true_tokens_of, self.predictor.encode
+        )
         self._price(PolicyParameters())
         self._model_version = self.predictor.model_version
 

@@ -12,7 +12,6 @@ from alise_scheduler.answer_features import answer_features
 from alise_scheduler.conditioning import LARGEST_LOG, conditioned
 from alise_scheduler.lengths import Quantiles
 from alise_scheduler.prompt_features import ASKED
-from alise_scheduler.ridge import bag_matrix
 from alise_scheduler.tracked_job import TrackedJob
 from alise_scheduler.training import Array, Models, answer_rows
 
@@ -28,7 +27,7 @@ def forecast(jobs: Sequence[TrackedJob], models: Models) -> list[Quantiles]:
         return []
     _look_at_prompts(jobs, models)
     arrivals = [job.arrival for job in jobs if job.arrival is not None]
-    logs = np.array([log_quantiles for _, log_quantiles, _ in arrivals])
+    logs = np.array([arrival[1] for arrival in arrivals])
     lived = np.array([job.output_tokens for job in jobs])
     running = np.flatnonzero(lived)
     if len(running):
@@ -37,9 +36,9 @@ def forecast(jobs: Sequence[TrackedJob], models: Models) -> list[Quantiles]:
         # Younger ones than any model has seen keep the prompt's distribution, conditioned.
         answered = np.flatnonzero(lived >= models.answers[0].from_tokens)
         if len(answered):
-            ranks = np.array([arrivals[i][2] for i in answered], dtype=np.float32)
             some = [jobs[i] for i in answered]
-            logs[answered] = _by_answers(some, lived[answered], models, ranks, logs[answered])
+            by_rank = np.array([arrivals[i][2:] for i in answered], dtype=np.float32)
+            logs[answered] = _by_answers(some, lived[answered], models, by_rank, logs[answered])
     limits = [
         max(job.max_tokens - job.output_tokens, 1) if job.max_tokens else _UNBOUNDED for job in jobs
     ]
@@ -52,22 +51,22 @@ def _look_at_prompts(jobs: Sequence[TrackedJob], models: Models) -> None:
     stale = [job for job in jobs if job.arrival is None or job.arrival[0] is not models]
     if not stale:
         return
-    dense = np.array([job.features.dense for job in stale])
-    logs, ranks = models.arrival.predict(dense, bag_matrix([job.features.bag for job in stale]))
-    for job, row, value in zip(stale, logs, ranks.tolist(), strict=True):
-        job.arrival = (models, row, value)
+    views = models.of_prompts([job.features for job in stale])
+    ranks, means = views.ranks.tolist(), views.logs.tolist()
+    for job, row, rank, log in zip(stale, views.log_quantiles, ranks, means, strict=True):
+        job.arrival = (models, row, rank, log)
 
 
 def _by_answers(
     jobs: Sequence[TrackedJob],
     lived: npt.NDArray[np.int64],
     models: Models,
-    ranks: Array,
+    by_rank: Array,
     by_prompt: Array,
 ) -> Array:
     answers = answer_features([job.answer for job in jobs], jobs[0].table)
     asked = np.array([job.features.dense[ASKED] for job in jobs])
-    rows = answer_rows(answers, asked, ranks, models.arrival.ridge.to_target(ranks))
+    rows = answer_rows(answers, asked, by_rank[:, 0], by_rank[:, 1])
     # Only now: the features have taken the newest tokens into the bags.
     bags = np.array([job.answer.bag for job in jobs])
     ends = [*(model.from_tokens for model in models.answers[1:]), _UNBOUNDED]

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from alise_scheduler.events import (
@@ -101,6 +102,8 @@ class JobTable:
 
     track: Callable[[PromptInput], TrackedJob]
     true_tokens_of: Callable[[PromptInput], int | None] = lambda _: None
+    encode: Callable[[PromptInput, TrackedJob, Callable[[], None]], None] = lambda *_: None
+    """Asked of each arrival; calls back when it is to be predicted again."""
     max_jobs: int = MAX_LIVE_JOBS
     jobs: dict[str, Job] = field(default_factory=dict)
     tally: Counter[str] = field(default_factory=Counter)
@@ -172,15 +175,21 @@ class JobTable:
             return
         self.tally["applied"] += 1
         prompt = event.prompt
+        tracked = self.track(prompt)
         self.jobs[event.job_id] = Job(
             job_id=event.job_id,
             arrival_s=event.arrival_s,
             prompt_tokens=prompt.prompt_tokens,
             max_tokens=prompt.max_tokens,
-            tracked=self.track(prompt),
+            tracked=tracked,
             true_tokens=self.true_tokens_of(prompt),
         )
         self._due_arrivals[event.job_id] = None
+        self.encode(prompt, tracked, partial(self._encoded, event.job_id))
+
+    def _encoded(self, job_id: str) -> None:
+        if job_id in self.jobs and job_id not in self._due_arrivals:
+            self._due_others[job_id] = None
 
     def _progress(self, event: Progress) -> None:
         job = self._known(event.job_id)

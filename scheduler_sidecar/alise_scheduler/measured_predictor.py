@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from alise_scheduler.lengths import Quantiles
@@ -29,6 +29,13 @@ class MeasuredPredictor:
     def track(self, prompt: PromptInput) -> TrackedJob:
         """Begin to follow a job."""
         return self.inner.track(prompt)
+
+    def encode(self, prompt: PromptInput, job: TrackedJob, then: Callable[[], None]) -> None:
+        """Have the prompt encoded in the background."""
+        try:
+            self.inner.encode(prompt, job, then)
+        except Exception:  # the estimate by look-ups stands
+            _log.exception("a prompt was not encoded")
 
     def observe(self, job: TrackedJob, outcome: Outcome) -> None:
         """Learn from a job that has ended."""

@@ -63,6 +63,12 @@ class Metrics:
             registry, "alise_model_age_seconds", "Time since it was trained; 0 before the first."
         )
         self.samples = _gauge(registry, "alise_samples", "Finished jobs stored to learn from.")
+        self.encodings = Counter(
+            "alise_encodings",
+            "Prompts by what the encoder made of them: encoded, or dropped for want of time.",
+            ["result"],
+            registry=registry,
+        )
         self.jobs = Gauge("alise_jobs", "Live jobs.", ["state"], registry=registry)
         self.backlog_s = _gauge(
             registry,
@@ -179,6 +185,9 @@ class Metrics:
         trained_s = predictor.model_trained_unix_s
         self.model_age_s.set(time.time() - trained_s if predictor.model_version else 0)
         self.samples.set(predictor.sample_count)
+        if predictor.encoder is not None:
+            for result, count in predictor.encoder.take_counts().items():
+                self.encodings.labels(result).inc(count)
 
     def show_shadow(self, ratios: Ratios | None) -> None:
         """Set the gauges that compare with FCFS; NaN before there are enough jobs."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from alise_scheduler.encoding_model import EncodingModel
 from alise_scheduler.quantile_model import QuantileModel
 from alise_scheduler.retrieval import Retrieval
 from alise_scheduler.ridge import Ridge
@@ -25,6 +26,7 @@ _RIDGE = (
     "buckets",
     "bag_weights",
 )
+_ENCODING = ("mean", "scale", "weights", "targets")
 _RETRIEVAL = ("projection", "center", "stored", "target")
 _TREES = ("features", "thresholds", "leaves", "base")
 
@@ -40,6 +42,11 @@ def models_to_bytes(models: Models) -> bytes:
     _put_quantiles(arrays, "arrival", models.arrival.quantiles)
     for name in _RETRIEVAL:
         arrays[f"retrieval.{name}"] = getattr(models.arrival.retrieval, name)
+    if models.encoding is not None:
+        for name in _ENCODING:
+            arrays[f"encoding.{name}"] = getattr(models.encoding, name)
+        arrays["encoding.intercept"] = np.float64(models.encoding.intercept)
+        _put_quantiles(arrays, "encoding", models.encoding.quantiles)
     for number, model in enumerate(models.answers):
         prefix = _answer_prefix(number)
         _put_ridge(arrays, prefix, model.ridge)
@@ -64,9 +71,18 @@ def models_from_bytes(blob: bytes) -> Models:
         retrieval = Retrieval(*(arrays[f"retrieval.{name}"] for name in _RETRIEVAL))
         arrival = ArrivalModel(_ridge(arrays, "arrival"), retrieval, _quantiles(arrays, "arrival"))
         prefixes = map(_answer_prefix, range(int(arrays["answers"])))
-        return Models(arrival, tuple(_answer(arrays, prefix) for prefix in prefixes))
+        encoding = _encoding(arrays) if "encoding.mean" in arrays else None
+        return Models(arrival, encoding, tuple(_answer(arrays, prefix) for prefix in prefixes))
     except Exception as error:
         raise ModelBlobError(f"unreadable model: {error}") from error
+
+
+def _encoding(arrays: dict[str, Any]) -> EncodingModel:
+    return EncodingModel(
+        intercept=float(arrays["encoding.intercept"]),
+        quantiles=_quantiles(arrays, "encoding"),
+        **{name: arrays[f"encoding.{name}"] for name in _ENCODING},
+    )
 
 
 def _answer_prefix(number: int) -> str:

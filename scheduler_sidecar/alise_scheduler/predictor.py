@@ -12,16 +12,18 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from threadpoolctl import threadpool_limits
 
+from alise_scheduler.encoder_worker import EncoderWorker
 from alise_scheduler.forecast import forecast
 from alise_scheduler.lengths import Quantiles
 from alise_scheduler.prompt_features import PromptInput
+from alise_scheduler.prompt_messages import prompt_messages
 from alise_scheduler.quality import Quality, QualityWindow
 from alise_scheduler.sample_blob import EncodedSample, encode
 from alise_scheduler.store import SampleStore, StoredModel
@@ -35,7 +37,7 @@ from alise_scheduler.train_worker import (
     train_in_worker,
 )
 from alise_scheduler.trainer import UNTRAINED, Trained
-from alise_scheduler.training import Models
+from alise_scheduler.training import Array, Models
 
 __all__ = [
     "Outcome",
@@ -66,6 +68,8 @@ class PredictorSettings:
     retrain_growth: float = 0.25
     """Later trainings wait for this share of new jobs."""
     quality_window: int = 500
+    encoder_model: Path | None = None
+    """The prompt encoder's weights; None: predictions go by look-ups alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,8 @@ class Predictor:
         self._stopping = False
         self._trainer: threading.Thread | None = None
         self._worker: subprocess.Popen[bytes] | None = None
+        self.encoder: EncoderWorker | None = None
+        """None without one, and before `start`."""
         self.store = (
             SampleStore(settings.state_dir, settings.max_samples) if settings.state_dir else None
         )
@@ -142,9 +148,11 @@ class Predictor:
         if model.fingerprint != self._fingerprint:
             self._adopt(model)
 
-    def start(self) -> None:
-        """Start the threads that train and write."""
+    def start(self, deliver: Callable[[Callable[[], None]], object]) -> None:
+        """Start the threads that train and write; `deliver` runs what it gets on the caller's."""
         if self._trainer is None:
+            if self._settings.encoder_model is not None:
+                self.encoder = EncoderWorker(self._settings.encoder_model, deliver)
             if self.store:
                 self.store.start()
             self._trainer = threading.Thread(target=self._train_loop, name="trainer", daemon=True)
@@ -156,6 +164,8 @@ class Predictor:
         self._wake.set()
         if self._worker is not None:
             self._worker.kill()
+        if self.encoder is not None:
+            self.encoder.close()
         if self._trainer is not None:
             self._trainer.join(timeout=5.0)
         if self.store:
@@ -164,6 +174,20 @@ class Predictor:
     def track(self, prompt: PromptInput) -> TrackedJob:
         """Return a job for `prompt`, to be passed to the other methods."""
         return TrackedJob(prompt, self._table)
+
+    def encode(self, prompt: PromptInput, job: TrackedJob, then: Callable[[], None]) -> None:
+        """Have the prompt of `job` encoded in the background; `then` its prediction is worth more.
+
+        It may never be called: without an encoder, or when there is no time.
+        """
+        if self.encoder is None or job.table is None:
+            return
+
+        def take(encoding: Array) -> None:
+            job.set_encoding(encoding)
+            then()
+
+        self.encoder.submit(prompt_messages(prompt, job.table), take)
 
     def predict(self, jobs: Sequence[TrackedJob]) -> list[Quantiles | None]:
         """Return for each job quantiles of its *remaining* length, tokens; None without a model."""
@@ -174,7 +198,7 @@ class Predictor:
         known = [i for i, job in enumerate(jobs) if job.table is self._table]
         for i, quantiles in zip(known, forecast([jobs[i] for i in known], models), strict=True):
             result[i] = quantiles
-            if jobs[i].first is None and jobs[i].output_tokens == 0:
+            if jobs[i].output_tokens == 0:
                 jobs[i].first = quantiles
         return result
 

@@ -32,6 +32,10 @@ _Model = Annotated[
     Path,
     typer.Option("--model", file_okay=False, help="Folder of the served model."),
 ]
+_Encoder = Annotated[
+    bool,
+    typer.Option("--encoder/--no-encoder", help="Encode prompts, as a sidecar does by default."),
+]
 _MIN_ROWS = 64
 _MAX_PROBLEMS_SHOWN = 5
 
@@ -43,11 +47,12 @@ def train(
     state_dir: Annotated[
         Path, typer.Option("--state-dir", file_okay=False, help="The sidecar's state folder.")
     ],
+    encoder: _Encoder = True,
 ) -> None:
     """Learn from FILE.jsonl; a sidecar started on the same state folder predicts at once."""
     from alise_scheduler.evaluation import trained_on
 
-    with prepared(file, model) as (conversations, table):
+    with prepared(file, model, is_encoding=encoder) as (conversations, table):
         typer.echo(f"training on {len(conversations)} conversations ...")
         predictor = trained_on(conversations, table, state_dir)
         predictor.close()
@@ -74,11 +79,12 @@ def evaluate(
     latency: Annotated[
         bool, typer.Option("--latency", help="Also time predictions, by the wall and in CPU time.")
     ] = False,
+    encoder: _Encoder = True,
 ) -> None:
     """Train on a share of FILE.jsonl and score the predictions for the rest."""
     from alise_scheduler import evaluation
 
-    with prepared(file, model) as (conversations, table):
+    with prepared(file, model, is_encoding=encoder) as (conversations, table):
         with _progress("training and scoring", seeds) as advance:
             try:
                 report = evaluation.evaluate(conversations, table, train_share, seeds, advance)
@@ -95,8 +101,13 @@ def evaluate(
 
 
 @contextmanager
-def prepared(file: Path, model: Path) -> Iterator[tuple[list[Conversation], Path]]:
-    """Yield the tokenized rows and the path of the model's token table."""
+def prepared(
+    file: Path, model: Path, *, is_encoding: bool = True
+) -> Iterator[tuple[list[Conversation], Path]]:
+    """Yield the tokenized rows and the path of the model's token table.
+
+    With the prompts' encodings, where `is_encoding` and there is an encoder.
+    """
     from alise_scheduler import conversations as source
 
     try:
@@ -115,6 +126,9 @@ def prepared(file: Path, model: Path) -> Iterator[tuple[list[Conversation], Path
                 advance()
             with _progress("tokenizing", len(rows)) as advance:
                 tokenized = source.tokenize(rows, tokenizer, advance)
+            if is_encoding:
+                with _progress("encoding prompts", len(rows)) as advance:
+                    tokenized = source.encoded(tokenized, table, advance)
             yield tokenized, table
     except source.ConversationsError as error:
         raise _failure(str(error)) from error
@@ -138,7 +152,8 @@ def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 def _print(file: Path, report: Report, latency: Latencies | None) -> None:
     typer.echo(f"{file.name}: {report.train_jobs} jobs to train on, {report.test_jobs} not seen")
     typer.echo(
-        f"  at arrival           tau-b {report.tau_b:.3f}   MAE {report.mae_tokens:.0f} tokens"
+        f"  at arrival           tau-b {report.tau_b_by_look_ups:.3f}"
+        f"   encoded {report.tau_b:.3f}   MAE {report.mae_tokens:.0f} tokens"
     )
     typer.echo(
         f"  coverage             p50 {report.p50_coverage:.1%}   p90 {report.p90_coverage:.1%}"

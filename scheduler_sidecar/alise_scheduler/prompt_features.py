@@ -65,6 +65,8 @@ class PromptFeatures:
 
     dense: npt.NDArray[np.float32]
     bag: npt.NDArray[np.uint16]
+    encoding: npt.NDArray[np.float32] | None = None
+    """[ENCODING_WIDTH], by the prompt encoder; None before it has come."""
 
 
 def prompt_features(prompt: PromptInput, table: TokenTable | None) -> PromptFeatures:

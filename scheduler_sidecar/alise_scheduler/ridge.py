@@ -74,8 +74,18 @@ class Ridge:
 
     def to_target(self, ranks: Array) -> Array:
         """Return the target at `ranks`; those beyond 0 and 1 give the extremes."""
-        result: Array = np.interp(ranks, _RANKS, self.targets).astype(np.float32)
-        return result
+        return target_at(ranks, self.targets)
+
+
+def targets_of(target: Array) -> Array:
+    """Return the targets at `_RANKS`, for `target_at`."""
+    return np.quantile(target, _RANKS).astype(np.float32)
+
+
+def target_at(ranks: Array, targets: Array) -> Array:
+    """Return the target at `ranks`, by those at `_RANKS`; ranks beyond give the extremes."""
+    result: Array = np.interp(ranks, _RANKS, targets).astype(np.float32)
+    return result
 
 
 def bag_matrix(bags: Sequence[Bag]) -> BagMatrix:
@@ -170,7 +180,7 @@ def fit_ridge(
     first = scaled[:, slice(*blocks[0])] * np.sqrt(_LINEAR_WEIGHT)
     design = np.hstack([cross @ half, first, _words(bags, buckets, idf)])
     center = design.mean(0)
-    ranks = _ranks(target, strata)
+    ranks = ranks_of(target, strata)
     intercept = float(ranks.mean())
     coefficients, held_out = solve_ridge(design - center, ranks - intercept, groups)
     kernel_end, linear_end = len(chosen), len(chosen) + first.shape[1]
@@ -186,13 +196,13 @@ def fit_ridge(
         linear=(coefficients[kernel_end:linear_end] * np.sqrt(_LINEAR_WEIGHT)).astype(np.float32),
         buckets=buckets,
         bag_weights=np.stack((bag_weights, np.square(idf)), axis=1).astype(np.float32),
-        targets=np.quantile(target, _RANKS).astype(np.float32),
+        targets=targets_of(target),
         intercept=intercept - float(center @ coefficients),
     )
     return model, (held_out + intercept).astype(np.float32)
 
 
-def _ranks(target: Array, strata: npt.NDArray[np.int64]) -> Array:
+def ranks_of(target: Array, strata: npt.NDArray[np.int64]) -> Array:
     """Return the rank of each target in its stratum, 0 to 1; equal targets share theirs."""
     ranks = np.empty(len(target), dtype=np.float32)
     for stratum in np.unique(strata):

@@ -122,7 +122,7 @@ async def running(
     reflection.enable_server_reflection(names, server)
     target = _bind(server, settings)
     page = _start_page(settings, metrics, source)
-    predictor.start()
+    predictor.start(asyncio.get_running_loop().call_soon_threadsafe)
     shadow.start()
     background = [asyncio.create_task(_follow(metrics, engines, predictor, shadow))]
     if settings.policy_file is not None:

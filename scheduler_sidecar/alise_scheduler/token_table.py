@@ -82,6 +82,8 @@ class TokenTable:
     is_digits: npt.NDArray[np.bool_]  # [vocabulary + 1], digits only, so it may go on a number
     weight: npt.NDArray[np.float32]  # [vocabulary + 1], how telling a token is; 0 for special ones
     begins_role: npt.NDArray[np.bool_]  # [vocabulary + 1], (part of) a chat role's name
+    texts: tuple[bytes, ...]
+    """[vocabulary + 1]; empty for special ones."""
     fingerprint: str
     """The same for the same model, wherever its table was made."""
 
@@ -197,5 +199,6 @@ def _look_at(
         is_digits=np.array([t.isdigit() for t in texts]),
         weight=np.where(properties[:, 0], 0.0, weight).astype(np.float32),
         begins_role=np.array([len(t) > 1 and any(r.startswith(t) for r in _ROLES) for t in texts]),
+        texts=tuple(texts),
         fingerprint=hashlib.sha256(f"{FORMAT_VERSION}:{source}".encode()).hexdigest()[:32],
     )

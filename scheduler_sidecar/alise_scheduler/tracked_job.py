@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import Final
 
@@ -26,7 +27,7 @@ class Outcome(Enum):
 
 
 class TrackedJob:
-    """A live job; `arrival` is what models said of its prompt, `first` the first prediction."""
+    """A live job; `arrival` is what models said of its prompt, `first` what before its answer."""
 
     __slots__ = ("answer", "arrival", "features", "first", "max_tokens", "snapshots", "table")
 
@@ -36,14 +37,19 @@ class TrackedJob:
         self.table = table
         self.answer = AnswerState()
         self.snapshots: list[Snapshot] = []
-        # By whom; log-quantiles [levels] of the whole length; the ridge's rank.
-        self.arrival: tuple[Models, Array, float] | None = None
+        # By whom; log-quantiles [levels] of the whole length; its rank, and the log that it means.
+        self.arrival: tuple[Models, Array, float, float] | None = None
         self.first: Quantiles | None = None
 
     @property
     def output_tokens(self) -> int:
         """Tokens of the answer so far."""
         return self.answer.output_tokens
+
+    def set_encoding(self, encoding: Array) -> None:
+        """Take the encoding of the prompt: from now on, predictions go by it, too."""
+        self.features = replace(self.features, encoding=encoding)
+        self.arrival = None
 
     def extend(self, new_token_ids: Sequence[int], output_tokens: int) -> None:
         """Note the answer's newest tokens; the last of them is number `output_tokens`.

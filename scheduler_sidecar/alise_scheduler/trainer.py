@@ -15,8 +15,6 @@ from alise_scheduler.training import (
     Models,
     Sample,
     marginal_quantiles,
-    prompt_bags,
-    stack_prompts,
     train,
 )
 
@@ -87,8 +85,8 @@ def improve(
 
 def holdout_losses(models: Models, samples: Sequence[Sample]) -> Array:
     """Return the pinball losses [n] of log-lengths at arrival."""
-    logs, _ = models.arrival.predict(stack_prompts(samples), prompt_bags(samples))
-    return pinball(logs, _log_lengths(samples))
+    views = models.of_prompts([sample.prompt for sample in samples])
+    return pinball(views.log_quantiles, _log_lengths(samples))
 
 
 def _is_clearly_less(losses: Array, others: Array) -> bool:

@@ -1,4 +1,4 @@
-"""From samples to models: one for jobs at arrival, two for answers in progress, by their age.
+"""From samples to models: for jobs at arrival, for encoded prompts, for answers by their age.
 
 Pure given samples and a random generator. All models stack: a kernel ridge (and, at arrival,
 retrieval) reads the wide features, and XGBoost quantiles read its out-of-group prediction beside
@@ -17,11 +17,12 @@ import numpy.typing as npt
 from alise_scheduler.answer_features import ANSWER_LEXICAL, ANSWER_WIDTH, LINES
 from alise_scheduler.answer_lines import projected
 from alise_scheduler.conditioning import conditioned
+from alise_scheduler.encoding_model import EncodingModel, fit_encoding_model
 from alise_scheduler.lengths import QUANTILE_LEVELS, remaining_after
 from alise_scheduler.prompt_features import ASKED, LEXICAL, NUMERIC, PROMPT_WIDTH, PromptFeatures
 from alise_scheduler.quantile_model import QuantileModel, fit_quantiles, pinball
 from alise_scheduler.retrieval import Retrieval, fit_retrieval
-from alise_scheduler.ridge import Bag, BagMatrix, Ridge, bag_matrix, fit_ridge
+from alise_scheduler.ridge import Bag, BagMatrix, Ridge, bag_matrix, fit_ridge, target_at
 from alise_scheduler.token_table import DIMENSIONS
 from alise_scheduler.trees import DEPTH
 
@@ -32,6 +33,7 @@ _MAX_ANSWER_ROWS: Final = 8000
 _PROMPT_LANDMARKS: Final = 384
 _ANSWER_LANDMARKS: Final = 256
 _MIN_ANSWER_ROWS: Final = 48
+_MIN_ENCODINGS: Final = 48
 _MAX_IMPUTED_SHARE: Final = 0.5
 _SHARES: Final = tuple(i / 10 for i in range(11))
 _ANSWER_AGES: Final = (8, 64)
@@ -111,13 +113,47 @@ class AnswerModel:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptViews:
+    """What models say of prompts, a row each."""
+
+    log_quantiles: Array  # [n, levels], of the whole length
+    ranks: Array  # [n]
+    logs: Array  # [n], the log-length that the rank means
+
+    def replace(
+        self, which: npt.NDArray[np.int64], log_quantiles: Array, ranks: Array, targets: Array
+    ) -> None:
+        """Put a better model's view in place of the one of the prompts `which`."""
+        self.log_quantiles[which] = log_quantiles
+        self.ranks[which] = ranks
+        self.logs[which] = target_at(ranks, targets)
+
+
+@dataclass(frozen=True, slots=True)
 class Models:
     """What one training gives; replaced as a whole."""
 
     arrival: ArrivalModel
+    encoding: EncodingModel | None
+    """None: too few encodings, or it is no better on jobs that it has not seen."""
     answers: tuple[AnswerModel, ...]
     """By `from_tokens`, ascending: each is for answers younger than the next one's. Those that
     have seen enough answers in progress."""
+
+    def of_prompts(self, prompts: Sequence[PromptFeatures]) -> PromptViews:
+        """Return what is to be said of `prompts`, by their encodings where they have come."""
+        dense = np.array([prompt.dense for prompt in prompts], dtype=np.float32)
+        log_quantiles, ranks = self.arrival.predict(dense, bag_matrix([p.bag for p in prompts]))
+        views = PromptViews(log_quantiles, ranks, self.arrival.ridge.to_target(ranks))
+        if self.encoding is None:
+            return views
+        encodings = [(i, p.encoding) for i, p in enumerate(prompts) if p.encoding is not None]
+        if encodings:
+            which = np.array([i for i, _ in encodings])
+            columns = np.array([encoding for _, encoding in encodings])
+            own = self.encoding.predict(columns, ranks[which], dense[which, :NUMERIC])
+            views.replace(which, *own, self.encoding.targets)
+        return views
 
 
 def answer_rows(answers: Array, asked: Array, ranks: Array, logs: Array) -> Array:
@@ -172,8 +208,8 @@ def true_lengths(
     if current is None or not kept:
         return lengths
     chosen = [samples[i] for i in kept]
-    logs, _ = current.arrival.predict(stack_prompts(chosen), prompt_bags(chosen))
-    for index, quantiles in zip(kept, np.exp(logs), strict=True):
+    views = current.of_prompts([sample.prompt for sample in chosen])
+    for index, quantiles in zip(kept, np.exp(views.log_quantiles), strict=True):
         done = samples[index].output_tokens
         left = remaining_after(tuple(quantiles.tolist()), done)
         lengths[index] = done + max(left[int(rng.integers(len(left)))], 1.0)
@@ -186,7 +222,7 @@ def train(
     rng: np.random.Generator,
     only_arrival: bool = False,
 ) -> Models | None:
-    """Fit both models on the newest of `samples`; None when too few lengths are known."""
+    """Fit all models on the newest of `samples`; None when too few lengths are known."""
     samples = samples[-MAX_TRAINING_JOBS:]
     lengths = true_lengths(samples, current, rng)
     known = np.flatnonzero(np.isfinite(lengths))
@@ -203,27 +239,50 @@ def train(
     rows = _arrival_columns(dense, stacked, neighbours)
     quantiles, held_out = fit_quantiles(rows, target, groups, _ARRIVAL_DEPTH, rng)
     arrival = ArrivalModel(ridge, retrieval, quantiles)
+    held_views = PromptViews(held_out, stacked, ridge.to_target(stacked))
+    encoding = _train_encoding(samples, dense, target, held_views, rng)
     if only_arrival:
-        return Models(arrival, ())
-    by_prompt = _ByPrompt(dense[:, ASKED], stacked, ridge.to_target(stacked), held_out)
-    answers = (_train_answers(samples, lengths, by_prompt, age, rng) for age in _ANSWER_AGES)
-    return Models(arrival, tuple(model for model in answers if model is not None))
+        return Models(arrival, encoding, ())
+    asked = dense[:, ASKED]
+    answers = (
+        _train_answers(samples, lengths, asked, held_views, age, rng) for age in _ANSWER_AGES
+    )
+    return Models(arrival, encoding, tuple(model for model in answers if model is not None))
 
 
-@dataclass(frozen=True, slots=True)
-class _ByPrompt:
-    """What is known of each training job from its prompt; predictions are held out."""
-
-    asked: Array
-    ranks: Array
-    logs: Array
-    log_quantiles: Array
+def _train_encoding(
+    samples: Sequence[Sample],
+    dense: Array,
+    target: Array,
+    held_views: PromptViews,
+    rng: np.random.Generator,
+) -> EncodingModel | None:
+    """Fit on the samples with an encoding, and put its views in place of theirs."""
+    encodings = [(i, s.prompt.encoding) for i, s in enumerate(samples)]
+    known = [(i, encoding) for i, encoding in encodings if encoding is not None]
+    if len(known) < _MIN_ENCODINGS:
+        return None
+    which = np.array([i for i, _ in known])
+    model, ranks, log_quantiles = fit_encoding_model(
+        np.array([encoding for _, encoding in known]),
+        held_views.ranks[which],
+        dense[which, :NUMERIC],
+        target[which],
+        _ARRIVAL_DEPTH,
+        rng,
+    )
+    losses = pinball(log_quantiles, target[which])
+    if losses.mean() >= pinball(held_views.log_quantiles[which], target[which]).mean():
+        return None
+    held_views.replace(which, log_quantiles, ranks, model.targets)
+    return model
 
 
 def _train_answers(
     samples: Sequence[Sample],
     lengths: npt.NDArray[np.float64],
-    by_prompt: _ByPrompt,
+    asked: Array,
+    held_views: PromptViews,
     from_tokens: int,
     rng: np.random.Generator,
 ) -> AnswerModel | None:
@@ -237,9 +296,7 @@ def _train_answers(
         return None
     groups = np.array([index for index, _ in pairs])
     answers = np.stack([snapshot.dense for _, snapshot in pairs]).astype(np.float32)
-    rows = answer_rows(
-        answers, by_prompt.asked[groups], by_prompt.ranks[groups], by_prompt.logs[groups]
-    )
+    rows = answer_rows(answers, asked[groups], held_views.ranks[groups], held_views.logs[groups])
     bags = bag_matrix([snapshot.bag for _, snapshot in pairs])
     written = np.array([snapshot.output_tokens for _, snapshot in pairs])
     target = np.log(np.maximum(lengths[groups] - written, 1.0)).astype(np.float32)
@@ -248,7 +305,7 @@ def _train_answers(
     )
     columns = _answer_columns(rows, own)
     quantiles, held_out = fit_quantiles(columns, target, groups, DEPTH, rng)
-    rival = conditioned(by_prompt.log_quantiles[groups], written)
+    rival = conditioned(held_views.log_quantiles[groups], written)
     return AnswerModel(from_tokens, ridge, quantiles, best_share(rival, held_out, target))
 
 

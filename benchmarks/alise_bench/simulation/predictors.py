@@ -6,7 +6,7 @@ All implement the protocol that the sidecar's own state asks of its predictor.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,9 @@ import numpy.typing as npt
 from alise_scheduler.conversations import ConversationsError, build_table
 from alise_scheduler.lengths import QUANTILE_LEVELS, Quantiles
 from alise_scheduler.predictor import Outcome, Predictor, PredictorSettings, PromptInput
-from alise_scheduler.token_table import TokenTableError
+from alise_scheduler.prompt_encoder import PromptEncoder, encoder_model
+from alise_scheduler.prompt_messages import prompt_messages
+from alise_scheduler.token_table import TokenTableError, read_token_table
 from scipy.special import ndtri
 
 from alise_bench.errors import BenchError
@@ -75,6 +77,9 @@ class NoisyPredictor:
         own = np.random.default_rng((self._seed, prompt.number)).standard_normal()
         return NoisyJob(prompt, float(own))
 
+    def encode(self, prompt: PromptInput, job: Any, then: Callable[[], None]) -> None:
+        """Do nothing: its noise stands for all that a predictor knows."""
+
     def predict(self, jobs: Sequence[Any]) -> list[Quantiles | None]:
         """Return quantiles of each job's remaining length, tokens."""
         return [self._quantiles(job) for job in jobs]
@@ -115,6 +120,9 @@ class SavedPredictor:
             raise BenchError(f"{state_dir}: no such folder of a predictor's state")
         self._predictor = Predictor(PredictorSettings(state_dir))
         self._predictor.load_token_table(token_table)
+        self._tokens = read_token_table(token_table)
+        self._encoder = PromptEncoder(path) if (path := encoder_model()) else None
+        self._encodings: dict[bytes, npt.NDArray[np.float32]] = {}
         self.model_version = self._predictor.model_version
         if self.model_version == 0:
             raise BenchError(
@@ -124,6 +132,16 @@ class SavedPredictor:
     def track(self, prompt: PromptInput) -> Any:
         """Begin to follow a job."""
         return self._predictor.track(prompt)
+
+    def encode(self, prompt: PromptInput, job: Any, then: Callable[[], None]) -> None:
+        """Encode the prompt at once: what a sidecar takes for it is little beside a wait."""
+        if self._encoder is None:
+            return
+        key = prompt.token_ids.tobytes()
+        if key not in self._encodings:
+            self._encodings[key] = self._encoder.encode(prompt_messages(prompt, self._tokens))
+        job.set_encoding(self._encodings[key])
+        then()
 
     def predict(self, jobs: Sequence[Any]) -> list[Quantiles | None]:
         """Return quantiles of each job's remaining length, tokens."""
