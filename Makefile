@@ -106,7 +106,9 @@ image-cuda: ## Build the image alise/engine, on vLLM's official one (some 20 GB)
 
 lock: $(STAMP) ## Resolve anew what the images install; ARGS=--upgrade for newer versions
 	$(LOCK) --extra operator -o operator/requirements.txt pyproject.toml
-	$(LOCK) --extra sidecar -o scheduler_sidecar/requirements.txt pyproject.toml
+	@# Without what tokenizers and gguf import for downloads and progress bars alone.
+	$(LOCK) --extra sidecar --excludes <(printf '%s\n' huggingface-hub requests tqdm) \
+	  -o scheduler_sidecar/requirements.txt pyproject.toml
 	@# Without torch, which the image takes from elsewhere, and what is not for serving text.
 	$(LOCK) --extra cpu $(addprefix --no-emit-package ,torch torchaudio torchcodec torchvision triton) \
 	  --torch-backend cpu -o engine/requirements.txt pyproject.toml
