@@ -77,8 +77,8 @@ class PredictorSpec(ApiModel):
 
     image: Image | None = None
     """Image of the sidecar; by default the operator's, pinned in status.resolvedImages."""
-    resources: Resources = Resources(cpu="500m", memory_gib=1)
-    """CPU and memory of the sidecar."""
+    resources: Resources = Resources(cpu="500m", memory_gib=2)
+    """CPU and memory of the sidecar, its training and its prompt encoder."""
     retrain: Retrain = Retrain()
     """Online learning of answer lengths."""
     model_ref: ModelRef | None = None
