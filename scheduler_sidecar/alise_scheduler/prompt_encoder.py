@@ -53,7 +53,7 @@ class _Layer:
 
 
 class PromptEncoder:
-    """Encodes one prompt at a time; some 230 MB, and 1 ms for each token on one core."""
+    """Encodes one prompt at a time: about a millisecond for each token, on one core."""
 
     def __init__(self, path: Path) -> None:
         from gguf import GGUFReader
