@@ -74,5 +74,6 @@ def _by_answers(
     for model, end in zip(models.answers, ends, strict=True):
         own = np.flatnonzero((model.from_tokens <= lived) & (lived < end))
         if len(own):
-            logs[own] = model.predict(rows[own], bags[own], by_prompt[own])
+            encodings = [jobs[i].features.encoding for i in own]
+            logs[own] = model.predict(rows[own], bags[own], encodings, by_prompt[own])
     return logs

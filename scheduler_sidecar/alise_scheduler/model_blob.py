@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from alise_scheduler.encoding_model import EncodingModel
+from alise_scheduler.encoding_ridge import EncodingRidge
 from alise_scheduler.quantile_model import QuantileModel
 from alise_scheduler.retrieval import Retrieval
 from alise_scheduler.ridge import Ridge
-from alise_scheduler.training import AnswerModel, ArrivalModel, Models
+from alise_scheduler.training import AnswerModel, ArrivalModel, EncodingModel, Models
 from alise_scheduler.trees import Trees
 
 _RIDGE = (
@@ -26,7 +26,7 @@ _RIDGE = (
     "buckets",
     "bag_weights",
 )
-_ENCODING = ("mean", "scale", "weights", "targets")
+_ENCODING_RIDGE = ("mean", "scale", "weights")
 _RETRIEVAL = ("projection", "center", "stored", "target")
 _TREES = ("features", "thresholds", "leaves", "base")
 
@@ -43,13 +43,14 @@ def models_to_bytes(models: Models) -> bytes:
     for name in _RETRIEVAL:
         arrays[f"retrieval.{name}"] = getattr(models.arrival.retrieval, name)
     if models.encoding is not None:
-        for name in _ENCODING:
-            arrays[f"encoding.{name}"] = getattr(models.encoding, name)
-        arrays["encoding.intercept"] = np.float64(models.encoding.intercept)
+        _put_encoding_ridge(arrays, "encoding", models.encoding.ridge)
+        arrays["encoding.targets"] = models.encoding.targets
         _put_quantiles(arrays, "encoding", models.encoding.quantiles)
     for number, model in enumerate(models.answers):
         prefix = _answer_prefix(number)
         _put_ridge(arrays, prefix, model.ridge)
+        if model.encoding_ridge is not None:
+            _put_encoding_ridge(arrays, f"{prefix}.encoding", model.encoding_ridge)
         _put_quantiles(arrays, prefix, model.quantiles)
         arrays[f"{prefix}.share"] = np.float64(model.share)
         arrays[f"{prefix}.from_tokens"] = np.int64(model.from_tokens)
@@ -71,18 +72,30 @@ def models_from_bytes(blob: bytes) -> Models:
         retrieval = Retrieval(*(arrays[f"retrieval.{name}"] for name in _RETRIEVAL))
         arrival = ArrivalModel(_ridge(arrays, "arrival"), retrieval, _quantiles(arrays, "arrival"))
         prefixes = map(_answer_prefix, range(int(arrays["answers"])))
-        encoding = _encoding(arrays) if "encoding.mean" in arrays else None
+        encoding = _encoding(arrays)
         return Models(arrival, encoding, tuple(_answer(arrays, prefix) for prefix in prefixes))
     except Exception as error:
         raise ModelBlobError(f"unreadable model: {error}") from error
 
 
-def _encoding(arrays: dict[str, Any]) -> EncodingModel:
-    return EncodingModel(
-        intercept=float(arrays["encoding.intercept"]),
-        quantiles=_quantiles(arrays, "encoding"),
-        **{name: arrays[f"encoding.{name}"] for name in _ENCODING},
-    )
+def _encoding(arrays: dict[str, Any]) -> EncodingModel | None:
+    ridge = _encoding_ridge(arrays, "encoding")
+    if ridge is None:
+        return None
+    return EncodingModel(ridge, arrays["encoding.targets"], _quantiles(arrays, "encoding"))
+
+
+def _put_encoding_ridge(arrays: dict[str, Any], prefix: str, ridge: EncodingRidge) -> None:
+    arrays[f"{prefix}.intercept"] = np.float64(ridge.intercept)
+    for name in _ENCODING_RIDGE:
+        arrays[f"{prefix}.{name}"] = getattr(ridge, name)
+
+
+def _encoding_ridge(arrays: dict[str, Any], prefix: str) -> EncodingRidge | None:
+    if f"{prefix}.intercept" not in arrays:
+        return None
+    fields = {name: arrays[f"{prefix}.{name}"] for name in _ENCODING_RIDGE}
+    return EncodingRidge(intercept=float(arrays[f"{prefix}.intercept"]), **fields)
 
 
 def _answer_prefix(number: int) -> str:
@@ -93,6 +106,7 @@ def _answer(arrays: dict[str, Any], prefix: str) -> AnswerModel:
     return AnswerModel(
         from_tokens=int(arrays[f"{prefix}.from_tokens"]),
         ridge=_ridge(arrays, prefix),
+        encoding_ridge=_encoding_ridge(arrays, f"{prefix}.encoding"),
         quantiles=_quantiles(arrays, prefix),
         share=float(arrays[f"{prefix}.share"]),
     )

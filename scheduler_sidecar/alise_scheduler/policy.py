@@ -80,8 +80,8 @@ def gamma_for(engine_s: float, waiting_jobs: float, batch_jobs: float) -> float:
     What overtaking adds to the tail is about as long as 1 / gamma, so that must be on the scale of
     the waits that there are anyway: of the queue that a busy but stable engine has, or of the one
     that is there now, if it is longer, as in overload. A queue takes its length times what a job
-    takes of the engine (`ServiceRates.engine_s`), whether slots, tokens or memory bound it. What was
-    chosen by simulation is in docs/policy.md.
+    takes of the engine (`ServiceRates.engine_s`), whether slots, tokens or memory bound it. The
+    numbers were chosen by simulation (docs/policy.md).
     """
     usual_jobs = usual_queue_jobs(batch_jobs)
     longer_jobs = max(waiting_jobs - usual_jobs, 0.0)

@@ -17,12 +17,20 @@ import numpy.typing as npt
 from alise_scheduler.answer_features import ANSWER_LEXICAL, ANSWER_WIDTH, LINES
 from alise_scheduler.answer_lines import projected
 from alise_scheduler.conditioning import conditioned
-from alise_scheduler.encoding_model import EncodingModel, fit_encoding_model
+from alise_scheduler.encoding_ridge import EncodingRidge, fit_encoding_ridge
 from alise_scheduler.lengths import QUANTILE_LEVELS, remaining_after
 from alise_scheduler.prompt_features import ASKED, LEXICAL, NUMERIC, PROMPT_WIDTH, PromptFeatures
 from alise_scheduler.quantile_model import QuantileModel, fit_quantiles, pinball
 from alise_scheduler.retrieval import Retrieval, fit_retrieval
-from alise_scheduler.ridge import Bag, BagMatrix, Ridge, bag_matrix, fit_ridge, target_at
+from alise_scheduler.ridge import (
+    Bag,
+    BagMatrix,
+    Ridge,
+    bag_matrix,
+    fit_ridge,
+    target_at,
+    targets_of,
+)
 from alise_scheduler.token_table import DIMENSIONS
 from alise_scheduler.trees import DEPTH
 
@@ -91,22 +99,48 @@ class ArrivalModel:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodingModel:
+    """Quantiles of a job's whole length from its prompt's encoding."""
+
+    ridge: EncodingRidge
+    targets: Array
+    """For `ridge.target_at`."""
+    quantiles: QuantileModel
+
+    def predict(self, dense: Array, ranks: Array, encodings: Array) -> tuple[Array, Array]:
+        """Return log-quantiles [n, levels] and ranks [n]; `ranks` are the arrival model's."""
+        own = self.ridge.predict(encodings, ranks)
+        return self.quantiles.predict(_encoding_columns(dense, own, ranks)), own
+
+
+@dataclass(frozen=True, slots=True)
 class AnswerModel:
     """Quantiles of what remains of a job from its answer so far."""
 
     from_tokens: int
     """It has never seen younger answers."""
     ridge: Ridge
+    encoding_ridge: EncodingRidge | None
+    """Goes on from the ridge's rank where the prompt was encoded."""
     quantiles: QuantileModel
     share: float
     """Its part in the blend with the arrival model: what was best on jobs held out."""
 
-    def predict(self, rows: Array, bags: BagMatrix, by_prompt: Array) -> Array:
+    def predict(
+        self,
+        rows: Array,
+        bags: BagMatrix,
+        encodings: Sequence[Array | None],
+        by_prompt: Array,
+    ) -> Array:
         """Return log-quantiles [n, levels] of the remaining length; rows as of `answer_rows`.
 
-        `by_prompt` [n, levels] is what the arrival model says of it, conditioned.
+        `encodings` [n] are the prompts', `by_prompt` [n, levels] is what they say, conditioned.
         """
         stacked = self.ridge.predict(rows, bags)
+        which, columns = _known(encodings)
+        if self.encoding_ridge is not None and len(which):
+            stacked[which] = self.encoding_ridge.predict(columns, stacked[which])
         own = self.quantiles.predict(_answer_columns(rows, stacked))
         blended: Array = by_prompt + np.float32(self.share) * (own - by_prompt)
         return blended
@@ -147,13 +181,18 @@ class Models:
         views = PromptViews(log_quantiles, ranks, self.arrival.ridge.to_target(ranks))
         if self.encoding is None:
             return views
-        encodings = [(i, p.encoding) for i, p in enumerate(prompts) if p.encoding is not None]
-        if encodings:
-            which = np.array([i for i, _ in encodings])
-            columns = np.array([encoding for _, encoding in encodings])
-            own = self.encoding.predict(columns, ranks[which], dense[which, :NUMERIC])
+        which, encodings = _known([prompt.encoding for prompt in prompts])
+        if len(which):
+            own = self.encoding.predict(dense[which], ranks[which], encodings)
             views.replace(which, *own, self.encoding.targets)
         return views
+
+
+def _known(encodings: Sequence[Array | None]) -> tuple[npt.NDArray[np.int64], Array]:
+    """Return the places [n] of the encodings that there are, and those [n, ENCODING_WIDTH]."""
+    known = [(place, encoding) for place, encoding in enumerate(encodings) if encoding is not None]
+    which = np.array([place for place, _ in known], dtype=np.int64)
+    return which, np.array([encoding for _, encoding in known], dtype=np.float32)
 
 
 def answer_rows(answers: Array, asked: Array, ranks: Array, logs: Array) -> Array:
@@ -172,6 +211,10 @@ def answer_rows(answers: Array, asked: Array, ranks: Array, logs: Array) -> Arra
 # more in noise than it tells.
 def _arrival_columns(dense: Array, ranks: Array, neighbours: Array) -> Array:
     return np.hstack([ranks[:, None], neighbours, dense[:, :NUMERIC]])
+
+
+def _encoding_columns(dense: Array, ranks: Array, by_look_ups: Array) -> Array:
+    return np.hstack([ranks[:, None], by_look_ups[:, None], dense[:, :NUMERIC]])
 
 
 def _answer_columns(rows: Array, ranks: Array) -> Array:
@@ -258,23 +301,19 @@ def _train_encoding(
     rng: np.random.Generator,
 ) -> EncodingModel | None:
     """Fit on the samples with an encoding, and put its views in place of theirs."""
-    encodings = [(i, s.prompt.encoding) for i, s in enumerate(samples)]
-    known = [(i, encoding) for i, encoding in encodings if encoding is not None]
-    if len(known) < _MIN_ENCODINGS:
+    which, encodings = _known([sample.prompt.encoding for sample in samples])
+    if len(which) < _MIN_ENCODINGS:
         return None
-    which = np.array([i for i, _ in known])
-    model, ranks, log_quantiles = fit_encoding_model(
-        np.array([encoding for _, encoding in known]),
-        held_views.ranks[which],
-        dense[which, :NUMERIC],
-        target[which],
-        _ARRIVAL_DEPTH,
-        rng,
-    )
-    losses = pinball(log_quantiles, target[which])
-    if losses.mean() >= pinball(held_views.log_quantiles[which], target[which]).mean():
+    dense, target, by_look_ups = dense[which], target[which], held_views.ranks[which]
+    groups = np.arange(len(which))
+    ridge, ranks = fit_encoding_ridge(encodings, by_look_ups, target, groups, np.zeros_like(groups))
+    columns = _encoding_columns(dense, ranks, by_look_ups)
+    quantiles, held_out = fit_quantiles(columns, target, groups, _ARRIVAL_DEPTH, rng)
+    before = pinball(held_views.log_quantiles[which], target)
+    if pinball(held_out, target).mean() >= before.mean():
         return None
-    held_views.replace(which, log_quantiles, ranks, model.targets)
+    model = EncodingModel(ridge, targets_of(target), quantiles)
+    held_views.replace(which, held_out, ranks, model.targets)
     return model
 
 
@@ -303,10 +342,17 @@ def _train_answers(
     ridge, own = fit_ridge(
         rows, bags, target, groups, written, _ANSWER_BLOCKS, _ANSWER_LANDMARKS, rng
     )
+    which, encodings = _known([samples[index].prompt.encoding for index in groups])
+    encoding_ridge = None
+    if len(which) >= _MIN_ANSWER_ROWS:
+        encoding_ridge, own[which] = fit_encoding_ridge(
+            encodings, own[which], target[which], groups[which], written[which]
+        )
     columns = _answer_columns(rows, own)
     quantiles, held_out = fit_quantiles(columns, target, groups, DEPTH, rng)
     rival = conditioned(held_views.log_quantiles[groups], written)
-    return AnswerModel(from_tokens, ridge, quantiles, best_share(rival, held_out, target))
+    share = best_share(rival, held_out, target)
+    return AnswerModel(from_tokens, ridge, encoding_ridge, quantiles, share)
 
 
 def best_share(by_prompt: Array, by_answer: Array, target: Array) -> float:
