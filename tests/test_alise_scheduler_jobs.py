@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from alise_scheduler.engine_state import EngineState, Introduction, PolicySettings
@@ -18,8 +19,10 @@ from alise_scheduler.events import (
     StepTiming,
 )
 from alise_scheduler.jobs import JobTable, next_milestone
+from alise_scheduler.measured_predictor import MeasuredPredictor
+from alise_scheduler.metrics import Metrics
 from alise_scheduler.policy import Policy, gamma_for, overdue_s
-from alise_scheduler.predictor import Outcome
+from alise_scheduler.predictor import Outcome, PromptInput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -437,3 +440,104 @@ def test_token_ids_are_taken_once(reports: list[tuple[int, list[int]]]) -> None:
     job = table.jobs["a"]
     assert job.output_tokens == max([count for count, _ in reports], default=0)
     assert len(job.tracked.token_ids) <= job.output_tokens
+
+
+class ReadingPredictor(FakePredictor):
+    """Knows better what it is told to have read; reads at once, with `reads_tokens` set."""
+
+    def __init__(self, reads_tokens: int = 0) -> None:
+        super().__init__()
+        self.reads_tokens = reads_tokens
+        self.asked: list[tuple[FakeTracked, Callable[[], None]]] = []
+
+    def encode(self, prompt: PromptInput, job: FakeTracked, then: Callable[[], None]) -> None:
+        self.asked.append((job, then))
+        if self.reads_tokens:
+            self.read(self.reads_tokens)
+
+    def read(self, tokens: int) -> None:
+        job, then = self.asked[-1]
+        job.prompt = prompt_input(tokens)
+        then()
+
+
+def reading_state() -> tuple[EngineState, ReadingPredictor]:
+    predictor = ReadingPredictor()
+    return EngineState(predictor, PolicySettings(gamma_per_s=0.05)), predictor
+
+
+def test_a_prompt_that_has_been_read_is_predicted_again_and_the_engine_told() -> None:
+    state, predictor = reading_state()
+    state.apply(Arrived("other", 0.0, prompt_input(500)))
+    state.apply(Arrived("a", 0.0, prompt_input(1000)))
+    before = settle(state)["a"]
+    predictor.batches.clear()
+    predictor.read(20)
+    assert state.has_work
+    told = settle(state)
+    assert (told.keys(), predictor.batches) == ({"a"}, [1])
+    assert told["a"].remaining_tokens < 0.1 * before.remaining_tokens
+    assert told["a"].priority < before.priority
+    assert not state.has_work
+
+
+def test_a_prompt_can_be_read_while_its_answer_comes_out() -> None:
+    state, predictor = reading_state()
+    state.apply(Arrived("a", 0.0, prompt_input(1000)))
+    settle(state)
+    state.apply(Progress("a", 5, [7] * 5, is_running=True))
+    settle(state)
+    predictor.read(200)
+    settle(state)
+    job = state.table.jobs["a"]
+    assert job.predicted_at_tokens == 5
+    assert sorted(remaining_tokens(job))[len(remaining_tokens(job)) // 2] == pytest.approx(195, 0.2)
+
+
+def test_what_is_read_at_once_is_predicted_once() -> None:
+    predictor = ReadingPredictor(reads_tokens=20)
+    state = EngineState(predictor, PolicySettings(gamma_per_s=0.05))
+    state.apply(Arrived("a", 0.0, prompt_input(1000)))
+    assert settle(state)["a"].remaining_tokens < 100
+    assert predictor.batches == [1]
+
+
+@pytest.mark.parametrize("reason", [FinishReason.STOP, FinishReason.ABORTED])
+def test_a_prompt_read_after_its_job_has_ended_changes_nothing(reason: FinishReason) -> None:
+    state, predictor = reading_state()
+    state.apply(Arrived("a", 0.0, prompt_input(1000)))
+    state.apply(Arrived("b", 0.0, prompt_input(1000)))
+    settle(state)
+    state.apply(Finished("b", reason, 3, [7] * 3))
+    settle(state)
+    predictor.batches.clear()
+    predictor.read(20)
+    assert not state.has_work
+    assert (settle(state), predictor.batches) == ({}, [])
+
+
+def test_each_job_is_read_once_though_the_engine_names_it_again() -> None:
+    state, predictor = reading_state()
+    state.apply(Arrived("a", 0.0, prompt_input(1000)))
+    state.apply(Arrived("a", 0.0, prompt_input(1000)))
+    state.connect()
+    state.apply(Arrived("a", 0.0, prompt_input(1000)))
+    state.apply(SnapshotEnd())
+    assert len(predictor.asked) == 1
+
+
+class IlliteratePredictor(FakePredictor):
+    """Cannot read."""
+
+    def encode(self, prompt: PromptInput, job: FakeTracked, then: Callable[[], None]) -> None:
+        raise RuntimeError("on purpose")
+
+
+def test_a_prompt_that_cannot_be_read_is_predicted_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    measured = MeasuredPredictor(IlliteratePredictor(), Metrics())
+    state = EngineState(measured, PolicySettings(gamma_per_s=0.05))
+    state.apply(Arrived("a", 0.0, prompt_input(1000)))
+    assert settle(state)["a"].remaining_tokens > 500
+    assert "a prompt was not encoded" in caplog.text

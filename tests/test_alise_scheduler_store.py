@@ -6,14 +6,18 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from alise_scheduler.answer_features import ANSWER_WIDTH
 from alise_scheduler.predictor import Predictor, PredictorSettings
+from alise_scheduler.prompt_encoder import ENCODING_WIDTH
 from alise_scheduler.prompt_features import PROMPT_WIDTH, PromptFeatures
 from alise_scheduler.sample_blob import (
+    _HEADER,
     LAYOUT_VERSION,
     EncodedSample,
     SampleBlobError,
@@ -61,6 +65,64 @@ def test_decoding_refuses_other_bytes(change) -> None:  # type: ignore[no-untype
     good = sample(1)
     with pytest.raises(SampleBlobError):
         decode(EncodedSample(change(good.features), 1, False))
+
+
+def with_encoding(encoding: npt.NDArray[np.float32] | None, snapshots: int = 2) -> Sample:
+    plain = decode(sample(3, snapshots))
+    return replace(plain, prompt=replace(plain.prompt, encoding=encoding))
+
+
+def encoding_of(width: int = ENCODING_WIDTH) -> npt.NDArray[np.float32]:
+    halves = np.random.default_rng(0).normal(size=width, scale=100).astype(np.float16)
+    return halves.astype(np.float32)
+
+
+@pytest.mark.parametrize("snapshots", [0, 2])
+def test_the_prompts_encoding_is_kept_with_a_sample(snapshots: int) -> None:
+    whole = with_encoding(encoding_of(), snapshots)
+    again = decode(encode(whole))
+    assert again.prompt.encoding is not None
+    assert again.prompt.encoding.dtype == np.float32
+    np.testing.assert_array_equal(again.prompt.encoding, encoding_of())
+    np.testing.assert_array_equal(again.prompt.dense, whole.prompt.dense)
+    assert [s.bag.tolist() for s in again.snapshots] == [s.bag.tolist() for s in whole.snapshots]
+    without = with_encoding(None, snapshots)
+    assert decode(encode(without)).prompt.encoding is None
+    grown = len(encode(whole).features) - len(encode(without).features)
+    assert grown == 2 * ENCODING_WIDTH
+
+
+def test_the_largest_encoding_that_there_can_be_is_kept() -> None:
+    again = decode(encode(with_encoding(np.full(ENCODING_WIDTH, -65_000.0, np.float32))))
+    np.testing.assert_allclose(again.prompt.encoding, -65_000.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        encoding_of(ENCODING_WIDTH - 1),
+        encoding_of(ENCODING_WIDTH + 1),
+        encoding_of(1),
+        np.full(ENCODING_WIDTH, np.nan, np.float32),
+        np.where(np.arange(ENCODING_WIDTH) == 7, np.inf, encoding_of()).astype(np.float32),
+    ],
+    ids=["narrow", "wide", "one number", "NaN", "infinite"],
+)
+def test_decoding_refuses_what_is_no_encoding(encoding: npt.NDArray[np.float32]) -> None:
+    bad = encode(with_encoding(encoding))
+    with pytest.raises(SampleBlobError, match="no encoding"):
+        decode(bad)
+
+
+def test_decoding_refuses_an_encoding_of_an_answer() -> None:
+    good = encode(with_encoding(None, snapshots=1)).features
+    at = len(encode(with_encoding(None, snapshots=0)).features)
+    tokens, buckets, _ = _HEADER.unpack_from(good, at)
+    header = _HEADER.pack(tokens, buckets, ENCODING_WIDTH)
+    halves = encoding_of().astype(np.float16).tobytes()
+    bad = good[:at] + header + good[at + len(header) :] + halves
+    with pytest.raises(SampleBlobError, match="no encoding of a prompt"):
+        decode(EncodedSample(bad, 3, False))
 
 
 def test_samples_come_back_in_order_and_by_fingerprint(tmp_path: Path) -> None:
