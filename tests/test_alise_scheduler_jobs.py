@@ -311,8 +311,8 @@ def test_a_job_that_has_waited_longer_than_with_fcfs_goes_before_younger_ones() 
     state, _ = state_of()
     finish_40_jobs(state, 1000)
     state.apply(step_with(waiting_jobs=100))
-    state.apply(Arrived("long", 0.0, prompt_input(4000, prompt_tokens=1)))
-    state.apply(Arrived("had a slot", 0.0, prompt_input(4000, prompt_tokens=1)))
+    state.apply(Arrived("long", 0.0, prompt_input(32_000, prompt_tokens=1)))
+    state.apply(Arrived("had a slot", 0.0, prompt_input(32_000, prompt_tokens=1)))
     settle(state)
     state.apply(Progress("had a slot", 100, [7] * 100, is_running=True))
     settle(state)
@@ -322,7 +322,7 @@ def test_a_job_that_has_waited_longer_than_with_fcfs_goes_before_younger_ones() 
     assert overdue_jobs(state, due_s + 0.6) == ["long"]
     had_s = state.pricing.rates.service_s(0, 100)
     assert overdue_jobs(state, due_s + had_s + 1.6) == ["long", "had a slot"]
-    state.apply(Arrived("late and shorter", due_s, prompt_input(1000, prompt_tokens=1)))
+    state.apply(Arrived("late and shorter", due_s, prompt_input(5000, prompt_tokens=1)))
     settle(state)
     jobs = state.table.jobs
     late, overdue = jobs["late and shorter"].sent, jobs["long"].sent

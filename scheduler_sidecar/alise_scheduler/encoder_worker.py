@@ -26,7 +26,8 @@ from alise_scheduler.prompt_encoder import ENCODING_WIDTH, Array, Message, Promp
 
 MAX_PENDING: Final = 64
 """Prompts that wait to be encoded; above it the oldest keep the estimate that they have."""
-_RESTART_PAUSE_S: Final = 30.0
+_RESTART_PAUSE_S: Final = 30.0  # twice as long after each further failure in a row ...
+_LONGEST_PAUSE_S: Final = 3600.0  # ... so that one that cannot start does not fill the log
 _LOWEST_PRIORITY: Final = 19
 _ENCODING_BYTES: Final = 4 * ENCODING_WIDTH
 
@@ -48,6 +49,7 @@ class EncoderWorker:
         self._tally: Tally[str] = Tally()
         self._pending: deque[tuple[list[Message], Then]] = deque()
         self._wake = threading.Condition()
+        self._pause_s = _RESTART_PAUSE_S
         self._is_closed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
@@ -91,7 +93,8 @@ class EncoderWorker:
                     _log.warning("prompt encoder: %s; jobs keep their first estimates", error)
             with self._wake:
                 if not self._is_closed:
-                    self._wake.wait_for(lambda: self._is_closed, timeout=_RESTART_PAUSE_S)
+                    self._wake.wait_for(lambda: self._is_closed, timeout=self._pause_s)
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
     def _serve(self) -> None:
         with _start(self._model) as process:
@@ -100,6 +103,7 @@ class EncoderWorker:
                 while (taken := self._take()) is not None:
                     messages, then = taken
                     encoding = _ask(process, messages)
+                    self._pause_s = _RESTART_PAUSE_S
                     with self._wake:
                         self._tally["encoded"] += 1
                     self._deliver(lambda then=then, encoding=encoding: then(encoding))  # type: ignore[misc]

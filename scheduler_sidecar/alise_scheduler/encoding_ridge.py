@@ -29,9 +29,10 @@ class EncodingRidge:
 
     def predict(self, encodings: Array, others: Array) -> Array:
         """Return ranks [n], of `encodings` [n, ENCODING_WIDTH] and the ranks by `others` [n]."""
-        columns = np.column_stack((encodings, others))
-        ranks = (columns - self.mean) * self.scale @ self.weights + np.float32(self.intercept)
-        return ranks.astype(np.float32)
+        columns: Array = np.column_stack((encodings, others))
+        scaled: Array = (columns - self.mean) * self.scale
+        ranks: Array = scaled @ self.weights + np.float32(self.intercept)
+        return ranks
 
 
 def fit_encoding_ridge(

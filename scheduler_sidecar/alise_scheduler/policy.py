@@ -62,7 +62,7 @@ class PolicyParameters:
 QUEUE_SHARE: Final = 1.2
 _USUAL_QUEUE_JOBS: Final = 16.0  # 1 / (1 - utilization): M/G/k's mean one, if there is any, at 0.94
 OVERDUE_WAITS: Final = 1.3
-_OVERDUE_WORK_SHARE: Final = 0.1
+_OVERDUE_WORK_SHARE: Final = 0.07
 _MLFQ_LEVEL_S: Final = 1e6  # far above any difference between arrivals in one queue
 
 

@@ -167,20 +167,15 @@ class _Chat:
         ids = [self._start, *self._ids("assistant\n")]
         left = MAX_TOKENS
         for role, text in reversed(messages):
+            opening, closing = [self._start, *self._ids(f"{role}\n")], [self._end, *self._ids("\n")]
+            left -= len(opening) + len(closing)
             content = self._ids(text)
             if len(content) > left:
                 if left < _LEAST_CUT_TOKENS:
                     break
                 content = content[: left // 2] + content[len(content) - (left - left // 2) :]
             left -= len(content)
-            ids = [
-                self._start,
-                *self._ids(f"{role}\n"),
-                *content,
-                self._end,
-                *self._ids("\n"),
-                *ids,
-            ]
+            ids = [*opening, *content, *closing, *ids]
         return ids
 
     def _ids(self, text: str) -> list[int]:
