@@ -6,6 +6,7 @@ import pytest
 from alise_bench.ablation import GROUPS, Group
 from alise_scheduler.answer_features import ANSWER_WIDTH
 from alise_scheduler.evaluation import trained_on
+from alise_scheduler.prompt_encoder import ENCODING_WIDTH
 from alise_scheduler.prompt_features import PROMPT_WIDTH
 from alise_scheduler.token_table import read_token_table
 from alise_scheduler.tracked_job import TrackedJob
@@ -21,6 +22,7 @@ def ended(table: Path) -> TrackedJob:
     one = conversations(1, seed=3)[0]
     job = TrackedJob(one.prompt, read_token_table(table))
     job.extend(one.answer_ids, len(one.answer_ids))
+    job.set_encoding(np.ones(ENCODING_WIDTH, dtype=np.float32))
     assert job.snapshots
     return job
 
@@ -50,7 +52,10 @@ def test_a_group_is_wiped_and_no_other(group: Group, table: Path) -> None:
             assert set(changed) <= set(inside)
         else:
             assert not len(changed)
-        assert (len(now.bag) == 0) == (is_wiped and group.columns is None)
+        is_bag = group.columns is None and not group.is_encoding
+        assert (len(now.bag) == 0) == (is_wiped and is_bag)
+    assert before.features.encoding is not None
+    assert (job.features.encoding is None) == group.is_encoding
 
 
 @pytest.mark.parametrize("is_wiped", [True, False])

@@ -33,10 +33,14 @@ class Group:
     name: str
     of_prompt: bool
     columns: slice | None
+    is_encoding: bool = False
+    """Instead: what the prompt encoder says."""
 
     def wipe(self, job: TrackedJob) -> None:
         """Take the group out of a job that has ended."""
-        if self.of_prompt:
+        if self.is_encoding:
+            job.features = replace(job.features, encoding=None)
+        elif self.of_prompt:
             job.features = self._without(job.features)
         else:
             job.snapshots = [self._without(snapshot) for snapshot in job.snapshots]
@@ -61,6 +65,7 @@ GROUPS: Final = (
     Group("prompt: token meanings, all", True, _vectors(1)),
     Group("prompt: token meanings, opening", True, _vectors(2)),
     Group("prompt: words and pairs of words", True, None),
+    Group("prompt: its encoding", True, None, is_encoding=True),
     Group("answer: its lines and lists", False, LINES),
     Group("answer: counts of kinds of tokens", False, slice(LINES.stop, ANSWER_LEXICAL)),
     Group("answer: the model's embeddings", False, slice(ANSWER_LEXICAL, None)),

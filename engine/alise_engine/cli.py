@@ -90,6 +90,15 @@ def serve(
             help="Every new job gets this many tokens out early; later ones then wait longer.",
         ),
     ] = 0,
+    encoder: Annotated[
+        bool,
+        typer.Option(
+            "--alise-encoder/--no-alise-encoder",
+            envvar="ALISE_ENCODER",
+            help="Let a small language model read each prompt, on spare CPU time: predictions are "
+            "much better, for 0.6 GB of memory.",
+        ),
+    ] = True,
     state_dir: Annotated[
         Path | None,
         typer.Option(
@@ -234,6 +243,7 @@ def serve(
                 policy,
                 gamma,
                 first_tokens,
+                encoder,
                 metrics_port,
                 oracle_file,
             )
@@ -297,6 +307,7 @@ def _sidecar_command(
     policy: Policy,
     gamma: float | None,
     first_tokens: int,
+    encoder: bool,
     metrics_port: int,
     oracle_file: Path | None,
 ) -> Sequence[str]:
@@ -304,6 +315,7 @@ def _sidecar_command(
     command += ["--listen", f"unix://{socket}", "--shared-dir", str(run_dir)]
     command += ["--policy", policy.value, "--metrics-port", str(metrics_port)]
     command += ["--first-tokens", str(first_tokens)]
+    command += ["--encoder" if encoder else "--no-encoder"]
     if state_dir is not None:  # the sidecar has its own default
         command += ["--state-dir", str(state_dir)]
     if gamma is not None:
