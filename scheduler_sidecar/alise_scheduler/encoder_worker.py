@@ -17,6 +17,7 @@ import threading
 from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -142,7 +143,8 @@ def _ask(process: subprocess.Popen[bytes], messages: Sequence[Message]) -> Array
 
 def _main() -> None:
     if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        with suppress(OSError):  # a sandbox may forbid even that
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     elif hasattr(os, "nice"):
         os.nice(_LOWEST_PRIORITY)
     encoder = PromptEncoder(Path(sys.argv[1]))

@@ -137,11 +137,14 @@ def by_arrival(job: Job) -> Estimate:
 
 
 def backlog_s(job: Job, rates: ServiceRates) -> float:
-    """Return the predicted service time that `job` still needs, seconds; 0 without a prediction."""
+    """Return how long `job` still needs a slot, predicted, seconds; 0 without a prediction.
+
+    Others' prompts between its tokens included, as they keep its slot taken.
+    """
     left_tokens = remaining_tokens(job)
     if not left_tokens:
         return 0.0
-    return rates.service_s(0 if job.output_tokens else job.prompt_tokens, mean(left_tokens))
+    return rates.elapsed_s(0 if job.output_tokens else job.prompt_tokens, mean(left_tokens))
 
 
 def is_news(new: Estimate, sent: Estimate | None, tolerance_s: float) -> bool:
