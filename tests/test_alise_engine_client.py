@@ -41,7 +41,7 @@ def hello(version: int = protocol.PROTOCOL_VERSION) -> pb.Hello:
 
 
 def arrived(job_id: str) -> Arrived:
-    return Arrived(job_id, time.monotonic(), [1, 2, 3], 100, 0.0, 0, "")
+    return Arrived(job_id, time.monotonic(), [1, 2, 3], 100, 0.0, 0, "", 0)
 
 
 def is_up(client: SidecarClient) -> bool:
@@ -127,7 +127,7 @@ def test_names_beyond_the_bounds_do_not_end_the_stream(
     client.send(Preempted(id_b, 1))
     client.send(Finished(id_b, pb.FINISH_REASON_STOP, 1, [], 0.0, 0.1, 0, 0))
     long_name = "y" * (protocol.MAX_NAME_CHARS + 1)
-    client.send(Arrived("adapted", time.monotonic(), [1, 2, 3], 100, 0.0, 0, long_name))
+    client.send(Arrived("adapted", time.monotonic(), [1, 2, 3], 100, 0.0, 0, long_name, 0))
     client.send(arrived("after"))
     ranked: set[str] = set()
     eventually(lambda: ranked.update(e.job_id for e in client.receive(100)) or "after" in ranked)
@@ -338,7 +338,7 @@ def test_a_large_snapshot_fits_the_bounds(
     client = client_of(sidecar_of("--policy", "mlfq").address)
     eventually(client.wants_snapshot)
     prompt = list(range(100_000, 100_000 + prompt_tokens))
-    jobs = [Arrived(f"j{n}", 0.0, prompt, 100, 0.0, 0, "") for n in range(count)]
+    jobs = [Arrived(f"j{n}", 0.0, prompt, 100, 0.0, 0, "", 0) for n in range(count)]
     progress = [Progress(job.job_id, 1, [5], is_running=True) for job in jobs]
     client.send_snapshot(Snapshot(jobs=jobs, progress=progress))
     received: set[str] = set()

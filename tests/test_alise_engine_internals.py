@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import RequestQueue
@@ -61,6 +62,11 @@ def test_vllm_is_the_pinned_version() -> None:
         (Scheduler.get_grammar_bitmask, ["self", "scheduler_output"]),
         (Scheduler.shutdown, ["self"]),
         (Scheduler._get_local_prefix_cache_hit, ["self", "request"]),
+        (KVCacheManager.prefix_cache_lookup_enabled, ["self", "request"]),
+        (
+            KVCacheCoordinator.find_longest_cache_hit,
+            ["self", "block_hashes", "max_cache_hit_length"],
+        ),
         (Scheduler._inflight_prefill_reserved_blocks, ["self"]),
         (Scheduler._set_kv_fetch_stage, ["self", "request", "stage"]),
         (Scheduler._enqueue_waiting_request, ["self", "request"]),

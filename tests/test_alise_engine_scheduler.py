@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alise_bench.scheduler_setup import build_scheduler
+from alise_bench.scheduler_setup import BLOCK_SIZE, build_scheduler
 from alise_engine import scheduler as plugin
 from alise_engine.client import Estimate
 from alise_engine.events import Arrived, Finished, Snapshot
@@ -196,6 +196,21 @@ def test_events_wait_until_the_batch_is_on_its_way(make: Any) -> None:
     assert client.of_type(Arrived) == []
     scheduler.get_grammar_bitmask(output)
     assert [event.job_id for event in client.of_type(Arrived)] == [second.request_id]
+
+
+def test_the_sidecar_is_told_what_the_prefix_cache_has_of_a_prompt(make: Any) -> None:
+    scheduler, client = make()
+    driver = Driver(scheduler)
+    prompt = list(range(100, 140))
+    add(scheduler, 1, prompt_token_ids=prompt)
+    driver.step()
+    (same,) = add(scheduler, 1, prompt_token_ids=prompt)
+    (other,) = add(scheduler, 1, prompt_token_ids=[7, *prompt])
+    driver.step()
+    told = {event.job_id: event.cached_prompt_tokens for event in client.of_type(Arrived)}
+    whole_blocks = 39 // BLOCK_SIZE * BLOCK_SIZE  # the last token is computed in any case
+    assert whole_blocks > 0
+    assert told == {same.request_id: whole_blocks, other.request_id: 0}
 
 
 def test_a_snapshot_says_what_had_not_gone_out(make: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from alise_scheduler.engine_state import EngineState, Introduction, PolicySettings
-from alise_scheduler.estimates import remaining_tokens
+from alise_scheduler.estimates import backlog_s, remaining_tokens
 from alise_scheduler.events import (
     Arrived,
     Finished,
@@ -250,6 +250,22 @@ def finish_40_jobs(
         )
         state.apply(event)
     settle(state)
+
+
+def test_what_the_prefix_cache_has_of_a_prompt_counts_nothing() -> None:
+    state, _ = state_of()
+    for job_id, cached in (("new", 0), ("next turn", 9000), ("told nonsense", 20_000)):
+        prompt = prompt_input(50, prompt_tokens=10_000)
+        state.apply(Arrived(job_id, 0.0, prompt, cached_prompt_tokens=cached))
+    settle(state)
+    new, turn, odd = (state.table.jobs[name] for name in ("new", "next turn", "told nonsense"))
+    assert new.sent is not None
+    assert turn.sent is not None
+    assert turn.sent.priority < new.sent.priority
+    rates = state.pricing.rates
+    saved_s = backlog_s(new, rates) - backlog_s(turn, rates)
+    assert saved_s == pytest.approx(rates.service_s(9000, 0))
+    assert odd.uncached_prompt_tokens == 1
 
 
 def engine_s_of(state: EngineState, output_tokens: float) -> float:

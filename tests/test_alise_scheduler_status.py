@@ -39,7 +39,7 @@ def facts(
     state: str = "waiting",
     left: float | None = 10.0,
 ) -> JobFacts:
-    return JobFacts(job_id, state, arrival_s, 8, 0, 0, priority, left, None)
+    return JobFacts(job_id, state, arrival_s, 8, 8, 0, 0, priority, left, None)
 
 
 def test_rows_are_those_that_run_and_then_the_queue() -> None:

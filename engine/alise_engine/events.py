@@ -27,6 +27,7 @@ class Arrived:
     temperature: float
     stop_strings: int
     lora_name: str
+    cached_prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ def _arrived(event: Arrived) -> pb.JobArrived:
             stop_strings=event.stop_strings,
             lora_name=event.lora_name[: protocol.MAX_NAME_CHARS],
         ),
+        cached_prompt_tokens=event.cached_prompt_tokens,
     )
 
 

@@ -77,6 +77,7 @@ def arrived(record: JobRecord) -> Arrived:
         temperature=0.0 if sampling is None else sampling.temperature,
         stop_strings=0 if sampling is None else len(sampling.stop),
         lora_name="" if lora is None else lora.lora_name,
+        cached_prompt_tokens=record.cached_prompt_tokens,
     )
 
 

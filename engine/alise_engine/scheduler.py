@@ -129,6 +129,7 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             class_ = request.priority if self._has_classes else 0
             record = JobRecord(request, class_, self._next_number, time.monotonic())
             self._next_number += 1
+            record.cached_prompt_tokens = self._cached_tokens_of(request)
             self._jobs[request.request_id] = record
             self._events.append(arrived(record))
         super().add_request(request)
@@ -241,6 +242,16 @@ class AliseScheduler(AsyncScheduler):  # type: ignore[misc]  # vLLM is untyped t
             request, delay_free_blocks
         )
         return result
+
+    def _cached_tokens_of(self, request: Request) -> int:
+        """Return how much of its prompt the prefix cache has now; nothing is reserved by that."""
+        manager = self.kv_cache_manager
+        if not manager.prefix_cache_lookup_enabled(request):
+            return 0
+        hit = manager.coordinator.find_longest_cache_hit(
+            request.block_hashes, request.num_tokens - 1
+        )
+        return int(hit[1])
 
     def _is_loading(self, job_id: str) -> bool:
         request = self.requests.get(job_id)

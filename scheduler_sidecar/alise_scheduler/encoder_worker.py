@@ -18,6 +18,7 @@ from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -107,7 +108,7 @@ class EncoderWorker:
                     self._pause_s = _RESTART_PAUSE_S
                     with self._wake:
                         self._tally["encoded"] += 1
-                    self._deliver(lambda then=then, encoding=encoding: then(encoding))  # type: ignore[misc]
+                    self._deliver(partial(then, encoding))
             finally:
                 process.kill()
 

@@ -246,7 +246,7 @@ class EngineState:
                 if quantiles is not None:
                     if job.quantiles is None:
                         expected_tokens = mean(remaining_after(quantiles, 0))
-                        self._predicted.observe(job.prompt_tokens, expected_tokens)
+                        self._predicted.observe(job.uncached_prompt_tokens, expected_tokens)
                     job.set_prediction(quantiles)
         self.table.mark_unpriced(due)
 

@@ -82,7 +82,7 @@ def estimate(job: Job, pricing: Pricing) -> Estimate | None:
         return None
     view = view_of(
         job.arrival_s,
-        job.prompt_tokens,
+        job.uncached_prompt_tokens,
         left_tokens,
         pricing.rates,
         output_tokens=job.output_tokens,
@@ -111,7 +111,10 @@ def view_of(
     output_tokens: int = 0,
     is_overdue: bool = False,
 ) -> JobView:
-    """Return what a policy may know of a job of whose answer `left_tokens` may be left."""
+    """Return what a policy may know of a job of whose answer `left_tokens` may be left.
+
+    `prompt_tokens` are those that it computes itself.
+    """
     prefill_s = rates.service_s(prompt_tokens, 0)
     return JobView(
         arrival_s=arrival_s,
@@ -144,7 +147,9 @@ def backlog_s(job: Job, rates: ServiceRates) -> float:
     left_tokens = remaining_tokens(job)
     if not left_tokens:
         return 0.0
-    return rates.elapsed_s(0 if job.output_tokens else job.prompt_tokens, mean(left_tokens))
+    return rates.elapsed_s(
+        0 if job.output_tokens else job.uncached_prompt_tokens, mean(left_tokens)
+    )
 
 
 def is_news(new: Estimate, sent: Estimate | None, tolerance_s: float) -> bool:

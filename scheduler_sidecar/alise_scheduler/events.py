@@ -30,6 +30,8 @@ class Arrived:
     job_id: str
     arrival_s: float
     prompt: PromptInput
+    cached_prompt_tokens: int = 0
+    """Of its prompt the prefix cache has so many, which need not be computed."""
 
 
 @dataclass(frozen=True, slots=True)

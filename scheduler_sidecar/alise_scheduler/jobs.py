@@ -49,6 +49,8 @@ class Job:
     job_id: str
     arrival_s: float
     prompt_tokens: int
+    uncached_prompt_tokens: int
+    """What of them is to be computed, by the prefix cache at its arrival; at least 1."""
     max_tokens: int
     """Bound of the answer's length; 0 when there is none."""
     tracked: TrackedJob
@@ -180,6 +182,7 @@ class JobTable:
             job_id=event.job_id,
             arrival_s=event.arrival_s,
             prompt_tokens=prompt.prompt_tokens,
+            uncached_prompt_tokens=max(prompt.prompt_tokens - event.cached_prompt_tokens, 1),
             max_tokens=prompt.max_tokens,
             tracked=tracked,
             true_tokens=self.true_tokens_of(prompt),

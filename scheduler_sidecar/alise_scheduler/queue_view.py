@@ -34,6 +34,7 @@ class JobFacts:
     state: str
     arrival_s: float
     prompt_tokens: int
+    uncached_prompt_tokens: int
     output_tokens: int
     preemptions: int
     priority: float
@@ -92,6 +93,7 @@ def facts_of(job: Job) -> JobFacts:
         state=job.state,
         arrival_s=job.arrival_s,
         prompt_tokens=job.prompt_tokens,
+        uncached_prompt_tokens=job.uncached_prompt_tokens,
         output_tokens=job.output_tokens,
         preemptions=job.preemptions,
         priority=job.arrival_s if job.sent is None else job.sent.priority,
@@ -166,7 +168,7 @@ def wait_before_s(priority: float, engine_rows: Iterable[JobRow], pace: Pace) ->
     if not queue and len(running) < pace.slots:
         return 0.0
     ahead = [job for job in queue if job.priority <= priority]
-    newcomer = JobFacts("", "waiting", pace.now_s, 0, 0, 0, priority, 1.0, None)
+    newcomer = JobFacts("", "waiting", pace.now_s, 0, 0, 0, 0, priority, 1.0, None)
     return _waits_s(running, [*ahead, newcomer], pace)[-1]
 
 
@@ -191,7 +193,9 @@ def _work_s(job: JobFacts, pace: Pace) -> float | None:
 def _remaining_s(job: JobFacts, rates: ServiceRates) -> float | None:
     if job.remaining_tokens is None:
         return None
-    return rates.elapsed_s(0 if job.output_tokens else job.prompt_tokens, job.remaining_tokens)
+    return rates.elapsed_s(
+        0 if job.output_tokens else job.uncached_prompt_tokens, job.remaining_tokens
+    )
 
 
 def _later(sorted_s: Sequence[float], at_s: float) -> int:

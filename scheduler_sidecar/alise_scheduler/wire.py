@@ -146,6 +146,7 @@ def _arrived(event: pb.JobArrived) -> Arrived:
         job_id=_job_id(event.job_id),
         arrival_s=_finite("JobArrived.arrival_s", event.arrival_s),
         prompt=prompt_from(event.prompt),
+        cached_prompt_tokens=event.cached_prompt_tokens,
     )
 
 

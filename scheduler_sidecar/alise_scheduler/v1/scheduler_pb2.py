@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"alise_scheduler/v1/scheduler.proto\x12\x12\x61lise.scheduler.v1\"Q\n\x0ePredictRequest\x12+\n\x07prompts\x18\x01 \x03(\x0b\x32\x1a.alise.scheduler.v1.Prompt\x12\x12\n\nwith_times\x18\x02 \x01(\x08\"]\n\x0fPredictResponse\x12\x33\n\x0bpredictions\x18\x01 \x03(\x0b\x32\x1e.alise.scheduler.v1.Prediction\x12\x15\n\rmodel_version\x18\x02 \x01(\x04\"\x84\x01\n\x06Prompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x13\n\x0btemperature\x18\x04 \x01(\x02\x12\x14\n\x0cstop_strings\x18\x05 \x01(\r\x12\x11\n\tlora_name\x18\x06 \x01(\t\"l\n\nPrediction\x12\x18\n\x10quantiles_tokens\x18\x01 \x03(\x02\x12\x13\n\x06wait_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tservice_s\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\t\n\x07_wait_sB\x0c\n\n_service_s\"\\\n\rEngineMessage\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06sent_s\x18\x02 \x01(\x01\x12)\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x19.alise.scheduler.v1.Event\"\xf1\x02\n\x05\x45vent\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.alise.scheduler.v1.HelloH\x00\x12\x30\n\x08snapshot\x18\x02 \x01(\x0b\x32\x1c.alise.scheduler.v1.SnapshotH\x00\x12\x31\n\x07\x61rrived\x18\x03 \x01(\x0b\x32\x1e.alise.scheduler.v1.JobArrivedH\x00\x12\x33\n\x08progress\x18\x04 \x01(\x0b\x32\x1f.alise.scheduler.v1.JobProgressH\x00\x12\x35\n\tpreempted\x18\x05 \x01(\x0b\x32 .alise.scheduler.v1.JobPreemptedH\x00\x12\x33\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x1f.alise.scheduler.v1.JobFinishedH\x00\x12.\n\x04step\x18\x07 \x01(\x0b\x32\x1e.alise.scheduler.v1.StepTimingH\x00\x42\x06\n\x04\x62ody\"\xeb\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x06 \x01(\r\x12\x18\n\x10token_table_file\x18\x07 \x01(\t\x12\x11\n\tkv_tokens\x18\x08 \x01(\x04\x12\x14\n\x0c\x62lock_tokens\x18\t \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\n \x01(\r\"|\n\x08Snapshot\x12,\n\x04jobs\x18\x01 \x03(\x0b\x32\x1e.alise.scheduler.v1.JobArrived\x12\x31\n\x08progress\x18\x02 \x03(\x0b\x32\x1f.alise.scheduler.v1.JobProgress\x12\x0f\n\x07is_last\x18\x03 \x01(\x08\"[\n\nJobArrived\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x11\n\tarrival_s\x18\x02 \x01(\x01\x12*\n\x06prompt\x18\x03 \x01(\x0b\x32\x1a.alise.scheduler.v1.Prompt\"_\n\x0bJobProgress\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x15\n\rnew_token_ids\x18\x03 \x03(\r\x12\x12\n\nis_running\x18\x04 \x01(\x08\"5\n\x0cJobPreempted\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\routput_tokens\x18\x02 \x01(\r\"\xd9\x01\n\x0bJobFinished\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x30\n\x06reason\x18\x02 \x01(\x0e\x32 .alise.scheduler.v1.FinishReason\x12\x15\n\routput_tokens\x18\x03 \x01(\r\x12\x15\n\rnew_token_ids\x18\x04 \x03(\r\x12\x10\n\x08\x66inish_s\x18\x05 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x06 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x07 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x08 \x01(\r\"\x93\x01\n\nStepTiming\x12\x16\n\x0eprefill_tokens\x18\x01 \x01(\r\x12\x13\n\x0b\x64\x65\x63ode_jobs\x18\x02 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\x04\x12\x12\n\nduration_s\x18\x04 \x01(\x01\x12\x16\n\x0e\x64\x65\x63oded_tokens\x18\x05 \x01(\r\x12\x14\n\x0cwaiting_jobs\x18\x06 \x01(\r\"\x90\x01\n\x0eSidecarMessage\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12.\n\x07welcome\x18\x02 \x01(\x0b\x32\x1b.alise.scheduler.v1.WelcomeH\x00\x12\x34\n\x06update\x18\x03 \x01(\x0b\x32\".alise.scheduler.v1.EstimateUpdateH\x00\x42\x06\n\x04\x62ody\"c\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x17\n\x0fsidecar_version\x18\x02 \x01(\t\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\x04\"\x8b\x01\n\x0e\x45stimateUpdate\x12\x15\n\rmodel_version\x18\x01 \x01(\x04\x12/\n\testimates\x18\x02 \x03(\x0b\x32\x1c.alise.scheduler.v1.Estimate\x12\x31\n\ncost_model\x18\x03 \x01(\x0b\x32\x1d.alise.scheduler.v1.CostModel\"`\n\x08\x45stimate\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x10\n\x08priority\x18\x02 \x01(\x01\x12\x18\n\x10remaining_tokens\x18\x03 \x01(\x02\x12\x18\n\x10\x61t_output_tokens\x18\x04 \x01(\r\"D\n\tCostModel\x12\x1b\n\x13prefill_s_per_token\x18\x01 \x01(\x01\x12\x1a\n\x12\x64\x65\x63ode_s_per_token\x18\x02 \x01(\x01*\x93\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xb5\x01\n\tScheduler\x12R\n\x07Predict\x12\".alise.scheduler.v1.PredictRequest\x1a#.alise.scheduler.v1.PredictResponse\x12T\n\x07Session\x12!.alise.scheduler.v1.EngineMessage\x1a\".alise.scheduler.v1.SidecarMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"alise_scheduler/v1/scheduler.proto\x12\x12\x61lise.scheduler.v1\"Q\n\x0ePredictRequest\x12+\n\x07prompts\x18\x01 \x03(\x0b\x32\x1a.alise.scheduler.v1.Prompt\x12\x12\n\nwith_times\x18\x02 \x01(\x08\"]\n\x0fPredictResponse\x12\x33\n\x0bpredictions\x18\x01 \x03(\x0b\x32\x1e.alise.scheduler.v1.Prediction\x12\x15\n\rmodel_version\x18\x02 \x01(\x04\"\x84\x01\n\x06Prompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x13\n\x0btemperature\x18\x04 \x01(\x02\x12\x14\n\x0cstop_strings\x18\x05 \x01(\r\x12\x11\n\tlora_name\x18\x06 \x01(\t\"l\n\nPrediction\x12\x18\n\x10quantiles_tokens\x18\x01 \x03(\x02\x12\x13\n\x06wait_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tservice_s\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\t\n\x07_wait_sB\x0c\n\n_service_s\"\\\n\rEngineMessage\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06sent_s\x18\x02 \x01(\x01\x12)\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x19.alise.scheduler.v1.Event\"\xf1\x02\n\x05\x45vent\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.alise.scheduler.v1.HelloH\x00\x12\x30\n\x08snapshot\x18\x02 \x01(\x0b\x32\x1c.alise.scheduler.v1.SnapshotH\x00\x12\x31\n\x07\x61rrived\x18\x03 \x01(\x0b\x32\x1e.alise.scheduler.v1.JobArrivedH\x00\x12\x33\n\x08progress\x18\x04 \x01(\x0b\x32\x1f.alise.scheduler.v1.JobProgressH\x00\x12\x35\n\tpreempted\x18\x05 \x01(\x0b\x32 .alise.scheduler.v1.JobPreemptedH\x00\x12\x33\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x1f.alise.scheduler.v1.JobFinishedH\x00\x12.\n\x04step\x18\x07 \x01(\x0b\x32\x1e.alise.scheduler.v1.StepTimingH\x00\x42\x06\n\x04\x62ody\"\xeb\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x06 \x01(\r\x12\x18\n\x10token_table_file\x18\x07 \x01(\t\x12\x11\n\tkv_tokens\x18\x08 \x01(\x04\x12\x14\n\x0c\x62lock_tokens\x18\t \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\n \x01(\r\"|\n\x08Snapshot\x12,\n\x04jobs\x18\x01 \x03(\x0b\x32\x1e.alise.scheduler.v1.JobArrived\x12\x31\n\x08progress\x18\x02 \x03(\x0b\x32\x1f.alise.scheduler.v1.JobProgress\x12\x0f\n\x07is_last\x18\x03 \x01(\x08\"y\n\nJobArrived\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x11\n\tarrival_s\x18\x02 \x01(\x01\x12*\n\x06prompt\x18\x03 \x01(\x0b\x32\x1a.alise.scheduler.v1.Prompt\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x04 \x01(\r\"_\n\x0bJobProgress\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x15\n\rnew_token_ids\x18\x03 \x03(\r\x12\x12\n\nis_running\x18\x04 \x01(\x08\"5\n\x0cJobPreempted\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\routput_tokens\x18\x02 \x01(\r\"\xd9\x01\n\x0bJobFinished\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x30\n\x06reason\x18\x02 \x01(\x0e\x32 .alise.scheduler.v1.FinishReason\x12\x15\n\routput_tokens\x18\x03 \x01(\r\x12\x15\n\rnew_token_ids\x18\x04 \x03(\r\x12\x10\n\x08\x66inish_s\x18\x05 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x06 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x07 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x08 \x01(\r\"\x93\x01\n\nStepTiming\x12\x16\n\x0eprefill_tokens\x18\x01 \x01(\r\x12\x13\n\x0b\x64\x65\x63ode_jobs\x18\x02 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\x04\x12\x12\n\nduration_s\x18\x04 \x01(\x01\x12\x16\n\x0e\x64\x65\x63oded_tokens\x18\x05 \x01(\r\x12\x14\n\x0cwaiting_jobs\x18\x06 \x01(\r\"\x90\x01\n\x0eSidecarMessage\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12.\n\x07welcome\x18\x02 \x01(\x0b\x32\x1b.alise.scheduler.v1.WelcomeH\x00\x12\x34\n\x06update\x18\x03 \x01(\x0b\x32\".alise.scheduler.v1.EstimateUpdateH\x00\x42\x06\n\x04\x62ody\"c\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x17\n\x0fsidecar_version\x18\x02 \x01(\t\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\x04\"\x8b\x01\n\x0e\x45stimateUpdate\x12\x15\n\rmodel_version\x18\x01 \x01(\x04\x12/\n\testimates\x18\x02 \x03(\x0b\x32\x1c.alise.scheduler.v1.Estimate\x12\x31\n\ncost_model\x18\x03 \x01(\x0b\x32\x1d.alise.scheduler.v1.CostModel\"`\n\x08\x45stimate\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x10\n\x08priority\x18\x02 \x01(\x01\x12\x18\n\x10remaining_tokens\x18\x03 \x01(\x02\x12\x18\n\x10\x61t_output_tokens\x18\x04 \x01(\r\"D\n\tCostModel\x12\x1b\n\x13prefill_s_per_token\x18\x01 \x01(\x01\x12\x1a\n\x12\x64\x65\x63ode_s_per_token\x18\x02 \x01(\x01*\x93\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xb5\x01\n\tScheduler\x12R\n\x07Predict\x12\".alise.scheduler.v1.PredictRequest\x1a#.alise.scheduler.v1.PredictResponse\x12T\n\x07Session\x12!.alise.scheduler.v1.EngineMessage\x1a\".alise.scheduler.v1.SidecarMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'alise_scheduler.v1.scheduler_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2485
-  _globals['_FINISHREASON']._serialized_end=2632
+  _globals['_FINISHREASON']._serialized_start=2515
+  _globals['_FINISHREASON']._serialized_end=2662
   _globals['_PREDICTREQUEST']._serialized_start=58
   _globals['_PREDICTREQUEST']._serialized_end=139
   _globals['_PREDICTRESPONSE']._serialized_start=141
@@ -50,25 +50,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SNAPSHOT']._serialized_start=1185
   _globals['_SNAPSHOT']._serialized_end=1309
   _globals['_JOBARRIVED']._serialized_start=1311
-  _globals['_JOBARRIVED']._serialized_end=1402
-  _globals['_JOBPROGRESS']._serialized_start=1404
-  _globals['_JOBPROGRESS']._serialized_end=1499
-  _globals['_JOBPREEMPTED']._serialized_start=1501
-  _globals['_JOBPREEMPTED']._serialized_end=1554
-  _globals['_JOBFINISHED']._serialized_start=1557
-  _globals['_JOBFINISHED']._serialized_end=1774
-  _globals['_STEPTIMING']._serialized_start=1777
-  _globals['_STEPTIMING']._serialized_end=1924
-  _globals['_SIDECARMESSAGE']._serialized_start=1927
-  _globals['_SIDECARMESSAGE']._serialized_end=2071
-  _globals['_WELCOME']._serialized_start=2073
-  _globals['_WELCOME']._serialized_end=2172
-  _globals['_ESTIMATEUPDATE']._serialized_start=2175
-  _globals['_ESTIMATEUPDATE']._serialized_end=2314
-  _globals['_ESTIMATE']._serialized_start=2316
-  _globals['_ESTIMATE']._serialized_end=2412
-  _globals['_COSTMODEL']._serialized_start=2414
-  _globals['_COSTMODEL']._serialized_end=2482
-  _globals['_SCHEDULER']._serialized_start=2635
-  _globals['_SCHEDULER']._serialized_end=2816
+  _globals['_JOBARRIVED']._serialized_end=1432
+  _globals['_JOBPROGRESS']._serialized_start=1434
+  _globals['_JOBPROGRESS']._serialized_end=1529
+  _globals['_JOBPREEMPTED']._serialized_start=1531
+  _globals['_JOBPREEMPTED']._serialized_end=1584
+  _globals['_JOBFINISHED']._serialized_start=1587
+  _globals['_JOBFINISHED']._serialized_end=1804
+  _globals['_STEPTIMING']._serialized_start=1807
+  _globals['_STEPTIMING']._serialized_end=1954
+  _globals['_SIDECARMESSAGE']._serialized_start=1957
+  _globals['_SIDECARMESSAGE']._serialized_end=2101
+  _globals['_WELCOME']._serialized_start=2103
+  _globals['_WELCOME']._serialized_end=2202
+  _globals['_ESTIMATEUPDATE']._serialized_start=2205
+  _globals['_ESTIMATEUPDATE']._serialized_end=2344
+  _globals['_ESTIMATE']._serialized_start=2346
+  _globals['_ESTIMATE']._serialized_end=2442
+  _globals['_COSTMODEL']._serialized_start=2444
+  _globals['_COSTMODEL']._serialized_end=2512
+  _globals['_SCHEDULER']._serialized_start=2665
+  _globals['_SCHEDULER']._serialized_end=2846
 # @@protoc_insertion_point(module_scope)

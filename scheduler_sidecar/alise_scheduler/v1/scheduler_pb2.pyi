@@ -341,8 +341,11 @@ class JobArrived(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     ARRIVAL_S_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     arrival_s: _builtins.float
+    cached_prompt_tokens: _builtins.int
+    """Tokens of the prompt that the prefix cache has, and that need not be computed."""
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     def __init__(
@@ -351,10 +354,11 @@ class JobArrived(_message.Message):
         job_id: _builtins.str = ...,
         arrival_s: _builtins.float = ...,
         prompt: Global___Prompt | None = ...,
+        cached_prompt_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_s", b"arrival_s", "job_id", b"job_id", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_s", b"arrival_s", "cached_prompt_tokens", b"cached_prompt_tokens", "job_id", b"job_id", "prompt", b"prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
