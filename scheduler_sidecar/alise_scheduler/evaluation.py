@@ -216,6 +216,8 @@ def _timed(call: Callable[[], Any]) -> tuple[float, float]:
 def _refresh(predictor: Predictor, conversations: Sequence[Conversation]) -> tuple[float, float]:
     jobs = [predictor.track(conversation.prompt) for conversation in conversations]
     for job, conversation in zip(jobs, conversations, strict=True):
+        if conversation.encoding is not None:
+            job.set_encoding(conversation.encoding)
         job.extend(conversation.answer_ids[:40], 40)
     predictor.predict(jobs)
     for job, conversation in zip(jobs, conversations, strict=True):
