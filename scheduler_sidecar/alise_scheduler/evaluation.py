@@ -46,6 +46,13 @@ class Conversation:
     encoding: npt.NDArray[np.float32] | None = None
     """By the prompt encoder."""
 
+    def tracked_by(self, predictor: Predictor) -> TrackedJob:
+        """Return its job as it is once the prompt has been encoded, if it was."""
+        job = predictor.track(self.prompt)
+        if self.encoding is not None:
+            job.set_encoding(self.encoding)
+        return job
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -99,10 +106,8 @@ def trained_on(
     if table is not None:
         predictor.load_token_table(table)
     for conversation in conversations:
-        job = predictor.track(conversation.prompt)
+        job = conversation.tracked_by(predictor)
         job.extend(conversation.answer_ids, len(conversation.answer_ids))
-        if conversation.encoding is not None:
-            job.set_encoding(conversation.encoding)
         change(job)
         predictor.observe(job, Outcome.COMPLETE)
     predictor.train_now()
@@ -155,12 +160,9 @@ def evaluate(
 
 
 def _score(predictor: Predictor, test: Sequence[Conversation]) -> dict[str, float]:
-    jobs = [predictor.track(conversation.prompt) for conversation in test]
+    by_look_ups = _array(predictor.predict([predictor.track(c.prompt) for c in test]))
+    jobs = [conversation.tracked_by(predictor) for conversation in test]
     lengths = np.array([len(conversation.answer_ids) for conversation in test])
-    by_look_ups = _array(predictor.predict(jobs))
-    for job, conversation in zip(jobs, test, strict=True):
-        if conversation.encoding is not None:
-            job.set_encoding(conversation.encoding)
     arrival = _array(predictor.predict(jobs))
     figures = {
         "by_look_ups": tau_b(by_look_ups[:, _P50], lengths),
@@ -214,10 +216,8 @@ def _timed(call: Callable[[], Any]) -> tuple[float, float]:
 
 
 def _refresh(predictor: Predictor, conversations: Sequence[Conversation]) -> tuple[float, float]:
-    jobs = [predictor.track(conversation.prompt) for conversation in conversations]
+    jobs = [conversation.tracked_by(predictor) for conversation in conversations]
     for job, conversation in zip(jobs, conversations, strict=True):
-        if conversation.encoding is not None:
-            job.set_encoding(conversation.encoding)
         job.extend(conversation.answer_ids[:40], 40)
     predictor.predict(jobs)
     for job, conversation in zip(jobs, conversations, strict=True):

@@ -19,7 +19,7 @@ from alise_scheduler.answer_lines import projected
 from alise_scheduler.conditioning import conditioned
 from alise_scheduler.encoding_ridge import EncodingRidge, fit_encoding_ridge
 from alise_scheduler.lengths import QUANTILE_LEVELS, remaining_after
-from alise_scheduler.prompt_features import ASKED, LEXICAL, NUMERIC, PROMPT_WIDTH, PromptFeatures
+from alise_scheduler.prompt_features import ASKED, LEXICAL, NUMERIC, PromptFeatures
 from alise_scheduler.quantile_model import QuantileModel, fit_quantiles, pinball
 from alise_scheduler.retrieval import Retrieval, fit_retrieval
 from alise_scheduler.ridge import (
@@ -176,8 +176,8 @@ class Models:
 
     def of_prompts(self, prompts: Sequence[PromptFeatures]) -> PromptViews:
         """Return what is to be said of `prompts`, by their encodings where they have come."""
-        dense = np.array([prompt.dense for prompt in prompts], dtype=np.float32)
-        log_quantiles, ranks = self.arrival.predict(dense, bag_matrix([p.bag for p in prompts]))
+        dense, bags = _stacked(prompts)
+        log_quantiles, ranks = self.arrival.predict(dense, bags)
         views = PromptViews(log_quantiles, ranks, self.arrival.ridge.to_target(ranks))
         if self.encoding is None:
             return views
@@ -222,16 +222,10 @@ def _answer_columns(rows: Array, ranks: Array) -> Array:
     return np.hstack([ranks[:, None], written, rows[:, : _OUTLOOK + ANSWER_LEXICAL]])
 
 
-def stack_prompts(samples: Sequence[Sample]) -> Array:
-    """Return float32 [n, PROMPT_WIDTH]."""
-    if not samples:
-        return np.empty((0, PROMPT_WIDTH), dtype=np.float32)
-    return np.stack([sample.prompt.dense for sample in samples]).astype(np.float32)
-
-
-def prompt_bags(samples: Sequence[Sample]) -> BagMatrix:
-    """Return bool [n, BAG_BUCKETS]."""
-    return bag_matrix([sample.prompt.bag for sample in samples])
+def _stacked(prompts: Sequence[PromptFeatures]) -> tuple[Array, BagMatrix]:
+    """Return float32 [n, PROMPT_WIDTH], and bool [n, BAG_BUCKETS]."""
+    dense = np.array([prompt.dense for prompt in prompts], dtype=np.float32)
+    return dense, bag_matrix([prompt.bag for prompt in prompts])
 
 
 def true_lengths(
@@ -272,7 +266,7 @@ def train(
     if len(known) < 8:
         return None
     samples, lengths = [samples[i] for i in known], lengths[known]
-    dense, bags = stack_prompts(samples), prompt_bags(samples)
+    dense, bags = _stacked([sample.prompt for sample in samples])
     target = np.log(np.maximum(lengths, 1.0)).astype(np.float32)
     groups = np.arange(len(samples))
     ridge, stacked = fit_ridge(

@@ -19,7 +19,7 @@ from alise_scheduler.lengths import QUANTILE_LEVELS, Quantiles
 from alise_scheduler.predictor import Outcome, Predictor, PredictorSettings, PromptInput
 from alise_scheduler.prompt_encoder import PromptEncoder, encoder_model
 from alise_scheduler.prompt_messages import prompt_messages
-from alise_scheduler.token_table import TokenTableError, read_token_table
+from alise_scheduler.token_table import TokenTableError
 from scipy.special import ndtri
 
 from alise_bench.errors import BenchError
@@ -120,7 +120,6 @@ class SavedPredictor:
             raise BenchError(f"{state_dir}: no such folder of a predictor's state")
         self._predictor = Predictor(PredictorSettings(state_dir))
         self._predictor.load_token_table(token_table)
-        self._tokens = read_token_table(token_table)
         self._encoder = PromptEncoder(path) if (path := encoder_model()) else None
         self._encodings: dict[bytes, npt.NDArray[np.float32]] = {}
         self.model_version = self._predictor.model_version
@@ -139,7 +138,7 @@ class SavedPredictor:
             return
         key = prompt.token_ids.tobytes()
         if key not in self._encodings:
-            self._encodings[key] = self._encoder.encode(prompt_messages(prompt, self._tokens))
+            self._encodings[key] = self._encoder.encode(prompt_messages(prompt, job.table))
         job.set_encoding(self._encodings[key])
         then()
 
