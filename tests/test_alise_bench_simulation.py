@@ -253,6 +253,18 @@ def test_an_answers_first_token_may_come_late() -> None:
     ]
 
 
+def test_an_answers_first_token_may_come_together_with_the_next() -> None:
+    rows = (
+        RequestRow("a", 0.0, 0.0, (1.0, 1.5, 1.6, 1.7), 1.7, prompt_tokens=10),
+        RequestRow("b", 0.0, 0.0, (1.599, 1.601, 1.7), 1.7, prompt_tokens=20),
+    )
+    assert [(s.prefill_tokens, s.decode_jobs, round(s.duration_s, 2)) for s in steps_of(rows)] == [
+        (20, 1, 0.5),
+        (0, 2, 0.1),
+        (0, 2, 0.1),
+    ]
+
+
 def test_a_benchmarks_runs_are_simulated(tmp_path: Path) -> None:
     # Rows that the model itself has made, one job at a time: it must find its own figures again.
     requests = poisson_requests(LENGTHS, 0.001, 30, 0)

@@ -29,6 +29,7 @@ from alise_bench.store import Run, load_plan, load_runs, trained_state
 from alise_bench.systems import System
 
 _SAME_STEP_SHARE: Final = 0.75  # of a usual step: its tokens reach the clients within this
+_TOGETHER_SHARE: Final = 0.25  # of a usual step: two tokens of one job so close came together
 _LONGEST_STEP_S: Final = 8.0  # beyond it the engine was idle
 
 SIMULATED_AS: Final[dict[System, SimulatedSystem]] = {
@@ -57,16 +58,21 @@ def timed_steps_of(rows: Sequence[RequestRow]) -> list[tuple[float, StepTiming]]
     """Return the same, each with when it ended."""
     tokens = sorted((time_s, index) for index, row in enumerate(rows) for time_s in row.token_s)
     # The first token of an answer comes up to half a step after others of its step, as the server
-    # begins the answer with it. Taken for a step of their own they spoil the fit.
-    same_step_s = _SAME_STEP_SHARE * itl_p50_s(rows)
+    # begins the answer with it, or even together with the next one. Taken for a step of their own
+    # they spoil the fit.
+    itl_s = itl_p50_s(rows)
     groups: list[tuple[float, set[int]]] = []  # when a step's first token came, and whose came
     last_s = -math.inf
+    last_of: dict[int, float] = {}
     for time_s, index in tokens:
-        # A job has one token a step.
-        if not (time_s - last_s < same_step_s and index not in groups[-1][1]):
+        is_second = bool(groups) and index in groups[-1][1]  # and a job has one a step
+        came_together = is_second and time_s - last_of[index] < _TOGETHER_SHARE * itl_s
+        if came_together and len(groups) > 1 and index not in groups[-2][1]:
+            groups[-2][1].add(index)  # the one before came late
+        elif is_second or time_s - last_s >= _SAME_STEP_SHARE * itl_s:
             groups.append((time_s, set()))
         groups[-1][1].add(index)
-        last_s = time_s
+        last_s = last_of[index] = time_s
     out = [0] * len(rows)
     steps = []
     for (before_s, _), (end_s, members) in pairwise([(-math.inf, set()), *groups]):
