@@ -16,6 +16,7 @@ from alise_bench.replay_table import write_replay_table
 from alise_bench.server import engine_counts, free_port, running_server
 from alise_bench.systems import (
     SERVED_NAME,
+    Pace,
     ServerSettings,
     System,
     command,
@@ -58,7 +59,13 @@ def test_recorded_answers_come_back_token_for_token(tmp_path: Path) -> None:
     write_replay_table({item.key: item.answer_ids for item in items}, answers)
     # So few KV blocks (of 128 tokens) that jobs are preempted, and recomputed, as they grow.
     settings = ServerSettings(
-        model, JOBS, 512, 1, ("--num-gpu-blocks-override", "9"), replay_file=answers
+        model,
+        JOBS,
+        512,
+        1,
+        ("--num-gpu-blocks-override", "9"),
+        replay_file=answers,
+        pace=Pace("flat-16", tmp_path / "pace.json"),
     )
     port = free_port()
     line = command(System.FCFS, settings, port)
@@ -66,11 +73,15 @@ def test_recorded_answers_come_back_token_for_token(tmp_path: Path) -> None:
     with running_server(line, environ, port, tmp_path / "server.log") as url:
         asks = [Ask(item, 0.0) for item in items]
         received = asyncio.run(run_load(url, SERVED_NAME, asks, MAX_TOKENS))
-        preempted = engine_counts(url).preemptions
+        counts = engine_counts(url, settings.pace)
     for item, answer in zip(items, received, strict=True):
         assert answer.row.error is None
         assert answer.token_ids == item.answer_ids
         assert answer.finish_reason == "stop"
         assert len(answer.row.token_s) == item.output_tokens
         assert list(answer.row.token_s) == sorted(answer.row.token_s)
-    assert preempted > 0
+    assert counts.preemptions > 0
+    # All steps together took as long as their pace, which is 40 ms and more for each.
+    steps = max(item.output_tokens for item in items)
+    assert counts.paced_s > 0.04 * steps
+    assert max(answer.row.finish_s for answer in received) > 0.04 * steps

@@ -70,11 +70,17 @@ def test_run_counts_failures_and_leaves_them_out() -> None:
     metrics = run_metrics(rows, EngineCounts(4, 200, 50), unloaded_s_per_token=0.1)
     assert (metrics.requests, metrics.failures, metrics.preemptions) == (3, 1, 4)
     assert metrics.recomputed_share == 0.25
+    assert math.isnan(metrics.late_share)
     assert metrics.duration_s == 10.0
     assert metrics.tokens_per_s == pytest.approx(6 / 10)
     assert metrics.max_wait_s == 1.0
     assert metrics.itl_p50_s == 1.75  # of 0.5, 0.5, 3 and 7 s
     assert metrics.jct_s.mean == pytest.approx((5 + 8) / 2)
+
+
+def test_a_run_says_how_far_the_machine_missed_its_pace() -> None:
+    counts = EngineCounts(0, paced_s=120.0, late_s=4.0) - EngineCounts(0, paced_s=20.0, late_s=3.0)
+    assert run_metrics([row()], counts, 0.1).late_share == pytest.approx(0.01)
 
 
 def test_a_run_of_failures_only_has_no_latency() -> None:

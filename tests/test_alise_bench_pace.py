@@ -46,8 +46,7 @@ def test_a_step_is_held_until_its_time_is_up(
         logits(logits_s)
         assert clock.now_s == pytest.approx(step * whole_s)
     late_s = max(layers_s + logits_s - 1.0, 0.0)
-    assert hold.steps == 2
-    assert hold.late_steps == (2 if late_s else 0)
+    assert (hold.steps, hold.paced_s) == (2, 2.0)
     assert hold.late_s == pytest.approx(2 * late_s)
 
 
@@ -57,7 +56,7 @@ def test_without_a_step_nothing_is_held() -> None:
     assert hold.counted(lambda: clock.take(0.5))() is None  # warming up
     assert hold.ending(lambda: "logits")() == "logits"
     assert clock.now_s == 0.5
-    assert (hold.steps, hold.late_steps) == (0, 0)
+    assert (hold.steps, hold.late_s) == (0, 0.0)
 
 
 def test_a_steps_time_is_that_of_its_work() -> None:

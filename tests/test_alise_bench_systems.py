@@ -10,7 +10,7 @@ import pytest
 from alise_bench.errors import BenchError
 from alise_bench.load_search import find_rate
 from alise_bench.settings import BenchSettings, Mode
-from alise_bench.systems import ServerSettings, System, command, environment
+from alise_bench.systems import Pace, ServerSettings, System, command, environment
 
 SETTINGS = ServerSettings(Path("/m"), 16, 2048, 2, ("--seed", "1"), Path("/answers.npz"))
 
@@ -61,7 +61,7 @@ def test_environment_names_the_answers_in_recorded_mode_only() -> None:
 
 
 def test_a_pace_is_the_same_for_all_systems() -> None:
-    paced = replace(SETTINGS, pace="smollm2-cpu")
+    paced = replace(SETTINGS, pace=Pace("smollm2-cpu", Path("/out/pace.json")))
     for system in System:
         assert "--worker-cls alise_bench.pace.PacedWorker" in line(system, paced)
         assert "--worker-cls" not in line(system)

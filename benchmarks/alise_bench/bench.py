@@ -50,7 +50,7 @@ from alise_bench.store import (
     schedule_of_runs,
     write_json,
 )
-from alise_bench.systems import ServerSettings, System, command, environment
+from alise_bench.systems import Pace, ServerSettings, System, command, environment
 
 
 def run_benchmark(settings: BenchSettings, progress: Progress) -> None:
@@ -108,7 +108,7 @@ def _prepare(settings: BenchSettings, progress: Progress) -> Session:
         settings.kv_cache_gib,
         settings.vllm_options,
         replay_file.resolve() if replay_file else None,
-        settings.pace,
+        Pace(settings.pace, (settings.out / "pace.json").resolve()) if settings.pace else None,
     )
     if not recorded:
         items = _natural_answers(settings, servers, items, plan, progress)
@@ -166,10 +166,11 @@ def _run(session: Session, run: RunId, shared_dir: Path) -> Run:
             asks = [_ask(run.system, item, 0.0) for item in _warmup(split.train, settings.warmup)]
             if asks:
                 send(url, settings, asks, session.progress)
-            before = engine_counts(url)
+            before = engine_counts(url, session.servers.pace)
             asks = [_ask(run.system, item, t) for item, t in zip(split.test, arrivals, strict=True)]
             answers = send(url, settings, asks, session.progress)
-            counts = engine_counts(url) - before
+            counts = engine_counts(url, session.servers.pace) - before
+            session.progress.pace(counts.late_share)
             if not run.system.is_stock and not is_sidecar_connected(url):
                 raise BenchError(f"{run.name}: the sidecar was lost in the run; see {log}")
     finally:

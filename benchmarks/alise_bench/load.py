@@ -11,7 +11,7 @@ from alise_bench.client import Answer, Ask
 from alise_bench.dataset import Item
 from alise_bench.load_search import find_rate
 from alise_bench.metrics import EngineCounts, run_metrics
-from alise_bench.server import free_port, running_server
+from alise_bench.server import engine_counts, free_port, running_server
 from alise_bench.session import Session, at_once, send
 from alise_bench.settings import BenchSettings
 from alise_bench.store import save_plan
@@ -35,10 +35,12 @@ def measure_load(session: Session) -> None:
         train = session.split(0).train
         session.progress.step("unloaded latency: one request at a time")
         send(url, settings, at_once(train[-2:]), session.progress)
+        before = engine_counts(url, session.servers.pace)
         asks = at_once(train[: settings.unloaded_requests])
         answers = send(url, settings, asks, session.progress, 1)
         unloaded = _mean_normalized_latency_s(answers)
         session.progress.note(f"unloaded: {unloaded:.4f} s/token")
+        session.progress.pace((engine_counts(url, session.servers.pace) - before).late_share)
         save_plan(session.out, plan, unloaded_s_per_token=unloaded)
         save_plan(session.out, plan, rates_per_s=_choose_rates(session, url, train, unloaded))
     rates = ", ".join(f"{rate:.3g}" for rate in plan["rates_per_s"])

@@ -76,12 +76,23 @@ class EngineCounts:
     """Tokens whose KV preemptions took from the device; ALISE systems only."""
     recomputed_tokens: int = 0
     """Of these, computed again."""
+    paced_s: float = 0.0
+    """What a paced engine's steps should have taken in all (docs/benchmark.md)."""
+    late_s: float = 0.0
+    """How much longer they took, where the machine was too slow."""
+
+    @property
+    def late_share(self) -> float:
+        """Return by what share the pace was missed; NaN where there was none to keep."""
+        return self.late_s / self.paced_s if self.paced_s else math.nan
 
     def __sub__(self, before: EngineCounts) -> EngineCounts:
         return EngineCounts(
             self.preemptions - before.preemptions,
             self.preempted_tokens - before.preempted_tokens,
             self.recomputed_tokens - before.recomputed_tokens,
+            self.paced_s - before.paced_s,
+            self.late_s - before.late_s,
         )
 
 
@@ -133,6 +144,8 @@ class RunMetrics:
     preemptions: int
     recomputed_share: float
     """Of the tokens that preemptions took from the device; NaN without any, or with stock."""
+    late_share: float
+    """By what share the machine missed the pace; NaN without one."""
     client_lag_p99_s: float
     """How late the client sent requests: above a few ms the load was not as stated."""
 
@@ -177,5 +190,6 @@ def run_metrics(
             if counts.preempted_tokens
             else math.nan
         ),
+        late_share=counts.late_share,
         client_lag_p99_s=spread([row.sent_s - row.arrival_s for row in good]).p99,
     )

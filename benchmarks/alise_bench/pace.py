@@ -11,18 +11,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 from alise_scheduler.cost_model import StepCost
-from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from alise_bench.simulation.profiles import load_profile
-from alise_bench.systems import PACE_VARIABLE
+from alise_bench.store import write_json
+from alise_bench.systems import PACE_COUNTS_VARIABLE, PACE_VARIABLE
 
-logger = init_logger("vllm.alise.pace")
-
-_STEPS_PER_LINE: Final = 500
+_STEPS_PER_COUNT: Final = 20
 
 
 class Hold:
@@ -32,20 +31,17 @@ class Hold:
         self._clock: Final = clock
         self._sleep: Final = sleep
         self._left_s = 0.0
-        self.count_anew()
-
-    def count_anew(self) -> None:
-        """Forget the steps so far."""
         self.steps = 0
-        self.late_steps = 0
-        """Those that took longer by themselves."""
+        self.paced_s = 0.0
+        """What they should take, in sum."""
         self.late_s = 0.0
-        """By how much, in sum."""
+        """By how much they took longer by themselves, in sum."""
 
     def begin(self, step_s: float) -> None:
         """Begin a step that takes `step_s` at least, in the wrapped functions alone."""
         self._left_s = step_s
         self.steps += 1
+        self.paced_s += step_s
 
     def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return `function`, whose time counts towards the step's."""
@@ -67,7 +63,6 @@ class Hold:
             if self._left_s > 0:
                 self._sleep(self._left_s)
             elif self.steps:
-                self.late_steps += 1
                 self.late_s -= self._left_s
             self._left_s = 0.0
             return result
@@ -87,7 +82,10 @@ def step_seconds(scheduled: Any, cost: StepCost) -> float:
 
 
 class PacedWorker(CPUWorker):  # type: ignore[misc]  # vLLM is Any to mypy
-    """vLLM's CPU worker, paced by the profile that ALISE_BENCH_PACE names."""
+    """vLLM's CPU worker, paced by the profile that ALISE_BENCH_PACE names.
+
+    How well the machine holds the pace goes to the file that ALISE_BENCH_PACE_COUNTS names.
+    """
 
     def load_model(self, **options: Any) -> None:
         """Load the model, and wrap what computes: its layers and its logits."""
@@ -97,18 +95,17 @@ class PacedWorker(CPUWorker):  # type: ignore[misc]  # vLLM is Any to mypy
         runner = self.model_runner
         runner._model_forward = self._hold.counted(runner._model_forward)
         runner.model.compute_logits = self._hold.ending(runner.model.compute_logits)
+        self._write_counts()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run one step, as long as the profile says."""
         hold = self._hold
         hold.begin(step_seconds(scheduler_output, self._step_cost))
         result = super().execute_model(scheduler_output)
-        if hold.steps >= _STEPS_PER_LINE:
-            logger.info(
-                "Of the last %d steps %d took longer than the profile says, by %.2f s in all",
-                hold.steps,
-                hold.late_steps,
-                hold.late_s,
-            )
-            hold.count_anew()
+        if hold.steps % _STEPS_PER_COUNT == 0:
+            self._write_counts()
         return result
+
+    def _write_counts(self) -> None:
+        counts = {"paced_s": self._hold.paced_s, "late_s": self._hold.late_s}
+        write_json(Path(os.environ[PACE_COUNTS_VARIABLE]), counts)

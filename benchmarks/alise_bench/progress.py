@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+
+_LATE_SHARE: Final = 0.01  # near capacity, a wait multiplies what the speed does
 
 
 class Progress:
@@ -23,6 +26,14 @@ class Progress:
     def note(self, what: str) -> None:
         """Say what came out of a step."""
         self._console.print(f"  {what}", highlight=False)
+
+    def pace(self, late_share: float) -> None:
+        """Say so if the machine missed its pace (`EngineCounts.late_share`; NaN: it has none)."""
+        if late_share > _LATE_SHARE:
+            self.note(
+                f"[yellow]this machine does not hold the pace: its steps took {late_share:.1%} "
+                "longer; choose a slower --pace profile[/yellow]"
+            )
 
     @contextlib.contextmanager
     def requests(self, total: int) -> Iterator[Callable[[], None]]:

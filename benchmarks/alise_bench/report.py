@@ -42,6 +42,7 @@ _COLUMNS: Final = (
     ("tokens_per_s", "throughput", "tokens/s", 1),
     ("preemptions", "preemptions", "", 0),
     ("recomputed_share", "recomputed of preempted", "share", 2),
+    ("late_share", "steps longer than their pace", "share", 3),
     ("failures", "failures", "", 0),
 )
 

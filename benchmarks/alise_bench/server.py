@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from alise_bench.errors import BenchError
 from alise_bench.metrics import EngineCounts
+from alise_bench.systems import Pace
 
 START_TIMEOUT_S: Final = 600.0
 SIDECAR_TIMEOUT_S: Final = 300.0
@@ -85,12 +87,14 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def engine_counts(base_url: str) -> EngineCounts:
-    """Return what the server has counted since it started."""
+def engine_counts(base_url: str, pace: Pace | None = None) -> EngineCounts:
+    """Return what the server, paced so, has counted since it started."""
+    paced = json.loads(pace.counts_file.read_text(encoding="utf-8")) if pace else {}
     return EngineCounts(
         preemptions=int(_sample(base_url, "vllm:num_preemptions_total")),
         preempted_tokens=int(_sample(base_url, "alise_engine_preempted_tokens_total")),
         recomputed_tokens=int(_sample(base_url, "alise_engine_recomputed_tokens_total")),
+        **paced,
     )
 
 

@@ -43,8 +43,21 @@ class System(str, Enum):
 PACE_VARIABLE = "ALISE_BENCH_PACE"
 """Names the profile of a paced engine (`alise_bench.pace`)."""
 
+PACE_COUNTS_VARIABLE = "ALISE_BENCH_PACE_COUNTS"
+"""Names the file in which it says how well it holds the pace."""
+
 SERVED_NAME = "bench"
 """The model's name in requests, the same for all systems."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How an engine is paced."""
+
+    profile: str
+    """By name or file: whose step times are kept."""
+    counts_file: Path
+    """Where the engine says how well it keeps them (absolute)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +72,7 @@ class ServerSettings:
     vllm_options: tuple[str, ...] = ()
     replay_file: Path | None = None
     """Recorded mode: the answers."""
-    pace: str | None = None
-    """A profile, by name or file, whose step times are kept."""
+    pace: Pace | None = None
 
 
 def command(
@@ -129,5 +141,6 @@ def environment(settings: ServerSettings, inherited: Mapping[str, str]) -> dict[
     if settings.replay_file is not None:
         ours[REPLAY_FILE_VARIABLE] = str(settings.replay_file)
     if settings.pace is not None:
-        ours[PACE_VARIABLE] = settings.pace
+        ours[PACE_VARIABLE] = settings.pace.profile
+        ours[PACE_COUNTS_VARIABLE] = str(settings.pace.counts_file)
     return {**inherited, **ours}
