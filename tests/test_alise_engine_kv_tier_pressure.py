@@ -46,8 +46,8 @@ def test_there_was_pressure_and_there_were_faults(result: dict[str, Any]) -> Non
 
 
 def test_all_tokens_are_those_that_the_model_would_choose(result: dict[str, Any]) -> None:
-    assert result["poor_tokens"] <= 0.01 * result["tokens"]
-    assert result["poor_tokens_of_restored"] <= 0.01 * result["tokens_of_restored"]
+    assert result["poor_tokens"] <= 0.005 * result["tokens"]
+    assert result["poor_tokens_of_restored"] <= 0.005 * result["tokens_of_restored"]
     assert result["worst_answer"] <= 0.2
     assert result["poor_share_of_another_answer"] > 0.3  # so wrong tokens would be seen
 
