@@ -66,6 +66,7 @@ def test_a_pace_is_the_same_for_all_systems() -> None:
         assert "--worker-cls alise_bench.pace.PacedWorker" in line(system, paced)
         assert "--worker-cls" not in line(system)
     assert environment(paced, {})["ALISE_BENCH_PACE"] == "smollm2-cpu"
+    assert environment(paced, {})["ALISE_BENCH_PACE_COUNTS"] == "/out/pace.json"
     assert "ALISE_BENCH_PACE" not in environment(SETTINGS, {})
 
 

@@ -25,7 +25,7 @@ class SimulatedSystem:
     """Every new job is let out this many tokens early."""
 
 
-FOR_THE_MEAN_GAMMA_PER_S: Final = 1e-4
+_MEAN_GAMMA_PER_S: Final = 1e-4
 """So small that whoever came when hardly matters: set for the mean alone, as the paper's policy."""
 
 FCFS: Final = SimulatedSystem("fcfs", None)
@@ -40,9 +40,9 @@ SYSTEMS: Final = {
         SimulatedSystem("alise-oracle", Policy.BOOST, is_oracle=True),
         SimulatedSystem("alise-early", Policy.BOOST, first_tokens=8),
         SimulatedSystem("alise-no-preempt", Policy.BOOST, preempts=False),
-        SimulatedSystem("alise-mean", Policy.BOOST, gamma_per_s=FOR_THE_MEAN_GAMMA_PER_S),
+        SimulatedSystem("alise-mean", Policy.BOOST, gamma_per_s=_MEAN_GAMMA_PER_S),
         SimulatedSystem(
-            "alise-mean-oracle", Policy.BOOST, is_oracle=True, gamma_per_s=FOR_THE_MEAN_GAMMA_PER_S
+            "alise-mean-oracle", Policy.BOOST, is_oracle=True, gamma_per_s=_MEAN_GAMMA_PER_S
         ),
         SimulatedSystem("boost-attained", Policy.BOOST_ATTAINED),
         SimulatedSystem("srtf", Policy.SRTF),
