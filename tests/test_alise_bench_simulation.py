@@ -334,7 +334,8 @@ def test_the_command_compares_and_answers_what_if(tmp_path: Path) -> None:
     for options in (["--systems", "fcfs,alise"], ["--what-if", "jct_s<=100"]):
         ended = CliRunner().invoke(app, [*line, *options, "--out", str(tmp_path)])
         assert ended.exit_code == 0, ended.output
-    answers = json.loads((tmp_path / "report.json").read_text())["answers"]
+        report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    answers = report["answers"]
     assert {answer["replicas"] for answer in answers} == {1}
     ended = CliRunner().invoke(app, [*line, "--systems", "lottery"])
     assert ended.exit_code == 1

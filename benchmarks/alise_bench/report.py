@@ -17,6 +17,7 @@ from typing import Any, Final
 from rich.table import Table
 
 from alise_bench.errors import BenchError
+from alise_bench.json_values import without_nan
 from alise_bench.metrics import run_metrics
 from alise_bench.pictures import draw_pictures
 from alise_bench.store import Run, load_plan, load_runs
@@ -74,7 +75,7 @@ def build_report(plan: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
     rates = sorted({run.id.rate_per_s for run in runs})
     loads = [{"rate_per_s": rate, "systems": _compare(measured, rate)} for rate in rates]
     report = {**plan, "loads": loads, "runs": measured}
-    cleaned: dict[str, Any] = _without_nan(report)
+    cleaned: dict[str, Any] = without_nan(report)
     return cleaned
 
 
@@ -115,14 +116,6 @@ def _ratios(
         if values:
             ratios[name] = {"median": median(values), "min": min(values), "max": max(values)}
     return ratios
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _number(value: float | None, decimals: int) -> str:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
+from alise_scheduler.engine_state import LengthPredictor
 from alise_scheduler.replica import SimulatedRequest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from alise_bench.command_line import default_model_folder, fail
+from alise_bench.dataset import Item
 from alise_bench.errors import BenchError
+from alise_bench.json_values import without_nan
 from alise_bench.simulation.against import Recorded, compare_with_runs
 from alise_bench.simulation.carried import load_carried
 from alise_bench.simulation.compare import (
@@ -23,7 +26,8 @@ from alise_bench.simulation.compare import (
     metrics_of,
     simulate,
 )
-from alise_bench.simulation.predictors import SavedPredictor, saved_predictors
+from alise_bench.simulation.cross_fitting import CrossFittedPredictor, cross_fitted
+from alise_bench.simulation.predictors import saved_predictors
 from alise_bench.simulation.profiles import Profile, load_profile, packaged_profiles
 from alise_bench.simulation.systems import ALISE, FCFS, SYSTEMS, SimulatedSystem
 from alise_bench.simulation.tables import (
@@ -82,6 +86,14 @@ def simulate_command(
         Path | None,
         typer.Option(help="Instead: state folder of `alise predictor train`; needs --dataset."),
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Instead: models of --dataset itself, in so many parts, each of which is "
+            "predicted by those that learned from the others. Minutes for 1,000 rows.",
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repeats; medians are shown.")] = 1,
     what_if: Annotated[
         str, typer.Option(help="How many replicas meet this, such as 'jct_p99_s<=30'?")
@@ -106,10 +118,10 @@ def simulate_command(
         chosen = _systems(systems)
         hardware = load_profile(profile)
         if against is not None:
-            if predictor is not None:
+            if predictor is not None or folds is not None:
                 raise BenchError(
                     "--against takes the models of the runs, given their --dataset: "
-                    "leave --predictor out"
+                    "leave --predictor and --folds out"
                 )
             comparisons = compare_with_runs(
                 against, hardware, sigma, _recorded(dataset, model, hardware)
@@ -118,7 +130,8 @@ def simulate_command(
             _save(out, {c.run: asdict(c) for c in comparisons})
             return
         source = _source(trace, dataset, model, requests, hardware)
-        setting = _Setting(hardware, replicas, sigma, _saved(predictor, dataset, model))
+        trained = _trained(predictor, folds, source.items, model)
+        setting = _Setting(hardware, replicas, sigma, trained)
         if carry is not None:
             rates = {
                 system.name: _carried(system, source, setting, seeds, carry) for system in chosen
@@ -172,7 +185,7 @@ class _Setting:
     profile: Profile
     replicas: int
     sigma: float
-    predictor: SavedPredictor | None
+    predictor: LengthPredictor | None
 
 
 def _source(
@@ -195,15 +208,35 @@ def _recorded(dataset: Path | None, model: Path | None, profile: Profile) -> Rec
     return Recorded({item.id: item for item in items}, folder)
 
 
-def _saved(
-    state_dir: Path | None, dataset: Path | None, model: Path | None
-) -> SavedPredictor | None:
-    if state_dir is None:
+def _trained(
+    state_dir: Path | None, folds: int | None, items: Sequence[Item], model: Path | None
+) -> LengthPredictor | None:
+    if state_dir is None and folds is None:
         return None
-    if dataset is None:
-        raise BenchError("--predictor reads prompts and answers: pass --dataset too")
-    (saved,) = saved_predictors([state_dir], model or default_model_folder())
+    if state_dir is not None and folds is not None:
+        raise BenchError("--predictor or --folds: one of them")
+    if not items:
+        raise BenchError("--predictor and --folds read prompts and answers: pass --dataset too")
+    folder = model or default_model_folder()
+    if folds is not None:
+        return _cross_fitted(items, folds, folder)
+    assert state_dir is not None
+    (saved,) = saved_predictors([state_dir], folder)
     return saved
+
+
+def _cross_fitted(items: Sequence[Item], folds: int, model: Path) -> CrossFittedPredictor:
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        encoding = progress.add_task("encoding prompts", total=len(items))
+        training = progress.add_task("training", total=folds)
+        return cross_fitted(
+            items,
+            folds,
+            model,
+            lambda: progress.advance(encoding),
+            lambda: progress.advance(training),
+        )
 
 
 def _carried(
@@ -277,4 +310,5 @@ def _draw(out: Path | None, curves: dict[str, list[SimulatedMetrics]], title: st
 def _save(out: Path | None, report: dict[str, object]) -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(without_nan(report), indent=1, allow_nan=False)
+        (out / "report.json").write_text(text + "\n", encoding="utf-8")
