@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from alise_scheduler.conversations import ConversationsError, build_table, encoded
+from alise_scheduler.conversations import encoded
 from alise_scheduler.evaluation import Conversation, trained_on
 from alise_scheduler.lengths import Quantiles
 from alise_scheduler.predictor import Outcome, Predictor, PromptInput, TrackedJob
-from alise_scheduler.token_table import TokenTableError
 
 from alise_bench.dataset import Item
 from alise_bench.errors import BenchError
-from alise_bench.simulation.predictors import simulated_prompt
+from alise_bench.simulation.predictors import simulated_prompt, token_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +89,9 @@ def cross_fitted(
 
     `on_encoded` is called after each prompt, `on_trained` after each fold. Raises `BenchError`.
     """
-    conversations = [_conversation(item) for item in items]
-    with TemporaryDirectory() as folder:
-        table = Path(folder) / "table.npz"
-        try:
-            build_table(model, table)
-            conversations = encoded(conversations, table, on_encoded)
-            return fit_folds(conversations, folds, table, on_trained)
-        except (ConversationsError, TokenTableError) as error:
-            raise BenchError(f"--model {model}: {error}") from error
+    with token_table(model) as table:
+        conversations = encoded([_conversation(item) for item in items], table, on_encoded)
+        return fit_folds(conversations, folds, table, on_trained)
 
 
 def fit_folds(

@@ -6,7 +6,8 @@ All implement the protocol that the sidecar's own state asks of its predictor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -97,18 +98,28 @@ class NoisyPredictor:
         return tuple(max(median * math.exp(self._sigma * level), 1.0) for level in _LEVELS)
 
 
-def saved_predictors(state_dirs: Sequence[Path], model: Path) -> list[SavedPredictor]:
-    """Return the predictor of each state folder; `model` is the folder of the served model.
+@contextmanager
+def token_table(model: Path) -> Iterator[Path]:
+    """Yield the token table's file of the served model, whose folder `model` is.
 
-    Raises `BenchError`.
+    Raises `BenchError` if none can be made, or what is done with it finds that it is none.
     """
     with TemporaryDirectory() as folder:
         table = Path(folder) / "table.npz"
         try:
             build_table(model, table)
-            return [SavedPredictor(state_dir, table) for state_dir in state_dirs]
+            yield table
         except (ConversationsError, TokenTableError) as error:
             raise BenchError(f"--model {model}: {error}") from error
+
+
+def saved_predictors(state_dirs: Sequence[Path], model: Path) -> list[SavedPredictor]:
+    """Return the predictor of each state folder; `model` is the folder of the served model.
+
+    Raises `BenchError`.
+    """
+    with token_table(model) as table:
+        return [SavedPredictor(state_dir, table) for state_dir in state_dirs]
 
 
 class SavedPredictor:
