@@ -56,7 +56,8 @@ async def run_load(
     arrival is when its turn came.
     """
     gate = asyncio.Semaphore(max_concurrency or len(asks) or 1)
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+    # A connection each: a server may close an idle one just as the next request goes out on it.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     timeout = httpx.Timeout(30.0, read=READ_TIMEOUT_S, pool=None)
     async with httpx.AsyncClient(base_url=base_url, limits=limits, timeout=timeout) as http:
         start = time.perf_counter()

@@ -59,7 +59,10 @@ def train(
         if predictor.store is not None and predictor.store.write_failures:
             raise _failure(f"cannot write to {state_dir}")
         if predictor.model_version == 0:
-            raise _failure("no model beats the plain distribution of lengths on these rows")
+            raise _failure(
+                "no model beats the plain distribution of lengths on these "
+                f"{len(conversations)} rows; more of them may help"
+            )
         typer.echo(
             f"model {predictor.model_version}, {predictor.sample_count} samples: {state_dir}"
         )
